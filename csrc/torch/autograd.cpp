@@ -1,0 +1,78 @@
+// Gradients of the leaf ops, made of other differentiable ops so that they can be differentiated again.
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace pycnf {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+at::Tensor combine(const at::Tensor& y, at::TensorList k, at::ArrayRef<double> weights, double h,
+                   const std::optional<at::Tensor>& h_graph) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("pycnf::rk_combine", "")
+                             .typed<decltype(combine)>();
+  return op.call(y, k, weights, h, h_graph);
+}
+
+// d/dy = g, d/dk_j = h w_j g, d/dh = <g, sum_j w_j k_j>.
+struct Combine : torch::autograd::Function<Combine> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& y,
+                            const std::optional<at::Tensor>& h_graph, at::TensorList k,
+                            at::ArrayRef<double> weights, double h) {
+    ctx->saved_data["weights"] = weights.vec();
+    ctx->saved_data["h"] = h;
+    ctx->saved_data["terms"] = int64_t(k.size());
+    if (h_graph.has_value()) {
+      variable_list saved = k.vec();
+      saved.push_back(*h_graph);
+      ctx->save_for_backward(std::move(saved));
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return combine(y, k, weights, h, h_graph);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto& g = grads[0];
+    const auto weights = ctx->saved_data["weights"].toDoubleVector();
+    const double h = ctx->saved_data["h"].toDouble();
+    const auto terms = ctx->saved_data["terms"].toInt();
+    const auto saved = ctx->get_saved_variables();
+    const bool differentiable_h = !saved.empty();
+    // Inputs as autograd counts them: y, h_graph, each k, weights, h.
+    variable_list result(terms + 4);
+    result[0] = g;
+    for (int64_t j = 0; j < terms; ++j) {
+      if (!ctx->needs_input_grad(j + 2)) continue;
+      if (weights[j] == 0.) {
+        result[j + 2] = at::zeros_like(g);
+      } else if (differentiable_h) {
+        result[j + 2] = g * (saved[terms] * weights[j]);
+      } else {
+        result[j + 2] = g * (weights[j] * h);
+      }
+    }
+    if (differentiable_h && ctx->needs_input_grad(1)) {
+      auto total = at::zeros({}, g.options());
+      for (int64_t j = 0; j < terms; ++j) {
+        if (weights[j] != 0.) total = total + (g * saved[j]).sum() * weights[j];
+      }
+      result[1] = total;
+    }
+    return result;
+  }
+};
+
+at::Tensor rk_combine_autograd(const at::Tensor& y, at::TensorList k, at::ArrayRef<double> weights,
+                               double h, const std::optional<at::Tensor>& h_graph) {
+  return Combine::apply(y, h_graph, k, weights, h);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(pycnf, Autograd, m) { m.impl("rk_combine", rk_combine_autograd); }
+
+}  // namespace pycnf

@@ -1,0 +1,177 @@
+// CPU implementations: check, allocate, split over threads, call the kernels of this machine's instruction set.
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "torch/arguments.h"
+#include "torch/cpu_kernels.h"
+
+namespace pycnf {
+namespace {
+
+// Elements per thread below which waking another thread costs more than it saves.
+constexpr int64_t kGrain = 32768;
+// Elements per partial sum of a norm; a multiple of the kernels' block.
+constexpr int64_t kNormChunk = 8192;
+
+template <typename Body>
+std::vector<NormPartial> norm_partials(const std::vector<Range>& ranges, const Body& body) {
+  std::vector<NormPartial> partials(ranges.size());
+  at::parallel_for(0, int64_t(ranges.size()), kGrain / kNormChunk, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) partials[r] = body(ranges[r].begin, ranges[r].end);
+  });
+  return partials;
+}
+
+at::Tensor pair_of(double first, double second) {
+  auto result = at::empty({2}, at::kDouble);
+  result.data_ptr<double>()[0] = first;
+  result.data_ptr<double>()[1] = second;
+  return result;
+}
+
+at::Tensor rk_stage_cpu(const at::Tensor& y0, const at::Tensor& k, bool flip, at::TensorList fresh,
+                        at::ArrayRef<double> weights, double h) {
+  check_state(y0, "y0");
+  const Rows rows(k, y0, flip);
+  TORCH_CHECK(!weights.empty(), "weights must not be empty");
+  auto out = at::empty_like(y0);
+  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_stage", [&] {
+    const auto p = stage_params<scalar_t>(y0, rows, fresh, weights, h, out);
+    const auto& table = cpu_kernels<scalar_t>();
+    at::parallel_for(0, y0.numel(), kGrain,
+                     [&](int64_t begin, int64_t end) { table.stage(p, begin, end); });
+  });
+  return out;
+}
+
+at::Tensor rk_finish_cpu(const at::Tensor& y0, const at::Tensor& k, bool flip,
+                         at::TensorList fresh, const at::Tensor& y1,
+                         at::ArrayRef<double> solution, at::ArrayRef<double> error, double h,
+                         const at::Tensor& rtol, const at::Tensor& atol, at::IntArrayRef segments,
+                         const std::optional<at::Tensor>& ratio) {
+  check_state(y0, "y0");
+  check_like(y1, y0, "y1");
+  if (ratio.has_value()) check_like(*ratio, y0, "ratio");
+  const Rows rows(k, y0, flip);
+  const auto ranges = norm_ranges(segments, y0.numel(), kNormChunk);
+  std::vector<NormPartial> partials;
+  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_finish", [&] {
+    const auto p = finish_params<scalar_t>(y0, rows, fresh, y1, solution, error, h, rtol, atol, ratio);
+    const auto& table = cpu_kernels<scalar_t>();
+    partials = norm_partials(
+        ranges, [&](int64_t begin, int64_t end) { return table.finish(p, begin, end); });
+  });
+  int64_t nonfinite = 0;
+  for (const auto& partial : partials) nonfinite += partial.nonfinite;
+  return pair_of(largest_rms(ranges, partials, segments)[0], nonfinite == 0 ? 1. : 0.);
+}
+
+void rk_interpolate_cpu(const at::Tensor& y0, const at::Tensor& y1, const at::Tensor& k, bool flip,
+                        at::ArrayRef<double> middle, double h, at::ArrayRef<double> x,
+                        const at::Tensor& out) {
+  check_interpolate(y0, y1, x, out);
+  const Rows rows(k, y0, flip);
+  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_interpolate", [&] {
+    const auto points = at::tensor(x, y0.options());
+    const auto p = interpolate_params<scalar_t>(y0, y1, rows, middle, h, points, out);
+    const auto& table = cpu_kernels<scalar_t>();
+    at::parallel_for(0, y0.numel(), kGrain,
+                     [&](int64_t begin, int64_t end) { table.interpolate(p, begin, end); });
+  });
+}
+
+at::Tensor rk_initial_norms_cpu(const at::Tensor& y0, const at::Tensor& f0,
+                                const std::optional<at::Tensor>& f1, const at::Tensor& rtol,
+                                const at::Tensor& atol, at::IntArrayRef segments) {
+  check_state(y0, "y0");
+  check_like(f0, y0, "f0");
+  if (f1.has_value()) check_like(*f1, y0, "f1");
+  const auto ranges = norm_ranges(segments, y0.numel(), kNormChunk);
+  std::vector<NormPartial> partials;
+  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_initial_norms", [&] {
+    const auto p = initial_params<scalar_t>(y0, f0, f1, rtol, atol);
+    const auto& table = cpu_kernels<scalar_t>();
+    partials = norm_partials(
+        ranges, [&](int64_t begin, int64_t end) { return table.initial(p, begin, end); });
+  });
+  const auto norms = largest_rms(ranges, partials, segments);
+  return pair_of(norms[0], norms[1]);
+}
+
+at::Tensor rk_combine_cpu(const at::Tensor& y, at::TensorList k, at::ArrayRef<double> weights,
+                          double h, const std::optional<at::Tensor>&) {
+  TORCH_CHECK(k.size() == weights.size() && k.size() <= size_t(kMaxStages) && !k.empty(),
+              "k and weights must have the same length, 1 to ", kMaxStages, "; got ", k.size(),
+              " and ", weights.size());
+  const auto y0 = y.contiguous();
+  std::vector<at::Tensor> rows;
+  for (const auto& row : k) {
+    rows.push_back(row.contiguous());
+    check_like(rows.back(), y0, "k");
+  }
+  auto out = at::empty_like(y0);
+  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_combine", [&] {
+    StageParams<scalar_t> p = {};
+    p.y0 = y0.const_data_ptr<scalar_t>();
+    p.out = out.data_ptr<scalar_t>();
+    p.terms.count = int(rows.size());
+    for (int j = 0; j < p.terms.count; ++j) {
+      p.terms.rows[j] = rows[j].const_data_ptr<scalar_t>();
+      p.terms.weights[j] = scalar_t(weights[j]) * scalar_t(h);
+    }
+    const auto& table = cpu_kernels<scalar_t>();
+    at::parallel_for(0, y0.numel(), kGrain,
+                     [&](int64_t begin, int64_t end) { table.stage(p, begin, end); });
+  });
+  return out;
+}
+
+at::Tensor probe_keys_cpu(const at::Tensor& x) {
+  TORCH_CHECK(x.dim() >= 1, "x must be [B, ...], got a 0-dim tensor");
+  const auto rows = x.contiguous();
+  const int64_t batch = rows.size(0);
+  auto keys = at::empty({batch}, rows.options().dtype(at::kLong));
+  const int64_t features = batch > 0 ? rows.numel() / batch : 0;
+  AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "probe_keys", [&] {
+    const KeyParams<scalar_t> p = {rows.const_data_ptr<scalar_t>(), features,
+                                   keys.data_ptr<int64_t>()};
+    const auto& table = cpu_kernels<scalar_t>();
+    at::parallel_for(0, batch, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, features)),
+                     [&](int64_t begin, int64_t end) { table.hash_keys(p, begin, end); });
+  });
+  return keys;
+}
+
+at::Tensor probe_sample_cpu(const at::Tensor& keys, int64_t seed, int64_t probes, int64_t features,
+                            bool gaussian, at::ScalarType dtype) {
+  check_keys(keys, probes, features);
+  const auto contiguous = keys.contiguous();
+  const int64_t batch = keys.numel();
+  auto out = at::empty({probes, batch, features}, keys.options().dtype(dtype));
+  AT_DISPATCH_FLOATING_TYPES(dtype, "probe_sample", [&] {
+    const ProbeParams<scalar_t> p = {contiguous.const_data_ptr<int64_t>(), uint64_t(seed), probes,
+                                     batch, features, gaussian, out.data_ptr<scalar_t>()};
+    const auto& table = cpu_kernels<scalar_t>();
+    const int64_t each = std::max<int64_t>(1, probes * features);
+    at::parallel_for(0, batch, std::max<int64_t>(1, kGrain / 4 / each),
+                     [&](int64_t begin, int64_t end) { table.sample_probes(p, begin, end); });
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(pycnf, CPU, m) {
+  m.impl("rk_stage", rk_stage_cpu);
+  m.impl("rk_finish", rk_finish_cpu);
+  m.impl("rk_interpolate", rk_interpolate_cpu);
+  m.impl("rk_initial_norms", rk_initial_norms_cpu);
+  m.impl("rk_combine", rk_combine_cpu);
+  m.impl("probe_keys", probe_keys_cpu);
+  m.impl("probe_sample", probe_sample_cpu);
+}
+
+}  // namespace pycnf

@@ -1,0 +1,8 @@
+"""Vector fields: networks conditioned on time, and the divergence of any field."""
+
+from .activation import ACTIVATIONS
+from .divergence import value_and_divergence
+from .layers import LAYERS
+from .mlp import MLP
+
+__all__ = ["ACTIVATIONS", "LAYERS", "MLP", "value_and_divergence"]

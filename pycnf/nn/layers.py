@@ -1,0 +1,272 @@
+"""Time-conditioned linear layers: the seven of FFJORD (Grathwohl et al. 2019).
+
+Every layer is, at a given time, an affine map `h = s∘(W a + b) + c` of its input `a`. A layer says
+what s, W and the sum of everything constant are (`affine`), and the network does the arithmetic:
+values, tangents and their gradients are then one code for all layer types.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HYPER_WIDTH = 8  # hidden width of the hyper layer's own network, as in FFJORD's code
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """One layer at one time (or at one time per sample): h = gate∘(W a) + shift.
+
+    Attributes:
+        weight: [out, in]; [B, out, in] where every sample has weights of its own.
+        shift: [out] or [B, out].
+        gate: None (all ones), [out] or [B, out].
+    """
+
+    weight: Tensor
+    shift: Tensor
+    gate: Tensor | None = None
+
+    def folded(self) -> "Affine":
+        """The same map with a shared gate multiplied into the weight.
+
+        H² products instead of (1+K)·B·H, and one branch less for everyone after. A gate per sample
+        stays as it is.
+        """
+        if self.gate is None or self.gate.dim() == 2:
+            return self
+        return Affine(self.weight * self.gate.unsqueeze(-1), self.shift)
+
+    def linear(self, rows: Tensor) -> Tensor:
+        """gate∘(W rows), without the shift: what the layer does to tangents. rows [R, B, in]."""
+        if self.weight.dim() == 3:
+            out = torch.matmul(rows.transpose(0, 1), self.weight.mT).transpose(0, 1)
+        else:
+            out = F.linear(rows, self.weight)
+        return out if self.gate is None else out * self.gate
+
+    def value(self, a: Tensor) -> Tensor:
+        """The layer's output [B, out] for its input a [B, in]."""
+        if self.weight.dim() == 3:
+            return torch.matmul(self.weight, a.unsqueeze(-1)).squeeze(-1) + self.shift
+        if self.gate is not None:
+            return F.linear(a, self.weight) * self.gate + self.shift
+        return torch.addmm(self.shift, a, self.weight.t())
+
+    def columns(self) -> Tensor:
+        """The tangents of the unit vectors, gate∘W e_k: [in, 1 or B, out], at no product's cost."""
+        if self.weight.dim() == 3:
+            columns = self.weight.permute(2, 0, 1)
+        else:
+            columns = self.weight.t().unsqueeze(1)
+        return columns if self.gate is None else columns * self.gate
+
+    def trace(self, tangents: Tensor) -> Tensor:
+        """Σ_k (gate∘W ȧ_k)_k for tangents ȧ [out, B, in]: only the diagonal is formed. [B]."""
+        if self.weight.dim() == 3:
+            diagonal = torch.einsum("kbj,bkj->bk", tangents, self.weight)
+        else:
+            diagonal = torch.einsum("kbj,kj->bk", tangents, self.weight)
+        return (diagonal if self.gate is None else diagonal * self.gate).sum(-1)
+
+
+def _parameter(*shape: int, fan_in: int) -> nn.Parameter:
+    """A parameter drawn as nn.Linear draws its own: uniform within ±1/sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0.0
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+class TimeLayer(nn.Module):
+    """A linear layer whose map depends on time; subclasses are the rows of `LAYERS`.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        time_features: None for t itself, F for F Fourier features of t.
+        context: Width of the context vector this layer adds, 0 for none.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        time_features: int | None = None,
+        context: int = 0,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.time_features = time_features
+        self.context = context
+        self.make_parameters()
+        if context:
+            self.context_weight = _parameter(out_features, context, fan_in=context)
+
+    def make_parameters(self) -> None:
+        raise NotImplementedError
+
+    def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
+        """The layer at a time.
+
+        Args:
+            tau: t, 0-dim (or [B, 1]), or Fourier features of t, [F] (or [B, F]).
+            context: [C], [B, C] or None.
+
+        Returns:
+            The affine map; per sample where tau or context are per sample.
+        """
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_features}, {self.out_features}"
+        if self.time_features is not None:
+            text += f", time_features={self.time_features}"
+        return text + (f", context={self.context}" if self.context else "")
+
+    def _make_linear(self, in_features: int) -> None:
+        self.weight = _parameter(self.out_features, in_features, fan_in=in_features)
+        self.bias = _parameter(self.out_features, fan_in=in_features)
+
+    def _of_time(self) -> nn.Parameter:
+        """Weights of a linear map from time to the outputs: [out] for t, [out, F] for features."""
+        if self.time_features is None:
+            return _parameter(self.out_features, fan_in=1)
+        return _parameter(self.out_features, self.time_features, fan_in=self.time_features)
+
+    def _bias(self, context: Tensor | None) -> Tensor:
+        """b plus the context's part: [out] or [B, out]."""
+        if not self.context:
+            return self.bias
+        return F.linear(context, self.context_weight, self.bias)
+
+    def _at(self, tau: Tensor, weight: Tensor) -> Tensor:
+        return tau * weight if self.time_features is None else F.linear(tau, weight)
+
+    def _gate(self, tau: Tensor) -> Tensor:
+        """σ(g τ + q): [out] or [B, out]."""
+        if self.time_features is None:
+            return torch.sigmoid(torch.addcmul(self.gate_bias, tau, self.gate_weight))
+        return torch.sigmoid(F.linear(tau, self.gate_weight, self.gate_bias))
+
+
+class Ignore(TimeLayer):
+    """W x + b."""
+
+    def make_parameters(self) -> None:
+        self._make_linear(self.in_features)
+
+    def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
+        return Affine(self.weight, self._bias(context))
+
+
+class Concat(TimeLayer):
+    """W [τ; x] + b, time first."""
+
+    def make_parameters(self) -> None:
+        self._make_linear(self.in_features + (self.time_features or 1))
+
+    def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
+        width = self.time_features or 1
+        of_time = self.weight[:, 0] if self.time_features is None else self.weight[:, :width]
+        return Affine(self.weight[:, width:], self._bias(context) + self._at(tau, of_time))
+
+
+class ConcatV2(TimeLayer):
+    """W x + b + v τ."""
+
+    def make_parameters(self) -> None:
+        self._make_linear(self.in_features)
+        self.shift_weight = self._of_time()
+
+    def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
+        return Affine(self.weight, self._bias(context) + self._at(tau, self.shift_weight))
+
+
+class Squash(TimeLayer):
+    """(W x + b)∘σ(g τ + q)."""
+
+    def make_parameters(self) -> None:
+        self._make_linear(self.in_features)
+        self.gate_weight = self._of_time()
+        self.gate_bias = _parameter(self.out_features, fan_in=self.time_features or 1)
+
+    def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
+        gate = self._gate(tau)
+        return Affine(self.weight, self._bias(context) * gate, gate)
+
+
+class ConcatSquash(Squash):
+    """(W x + b)∘σ(g τ + q) + v τ."""
+
+    def make_parameters(self) -> None:
+        super().make_parameters()
+        self.shift_weight = self._of_time()
+
+    def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
+        gate = self._gate(tau)
+        shift = torch.addcmul(self._at(tau, self.shift_weight), self._bias(context), gate)
+        return Affine(self.weight, shift, gate)
+
+
+class Blend(TimeLayer):
+    """(1−t)(W₀ x + b₀) + t(W₁ x + b₁)."""
+
+    def make_parameters(self) -> None:
+        self.start = nn.Linear(self.in_features, self.out_features)
+        self.end = nn.Linear(self.in_features, self.out_features)
+
+    def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
+        # With a t per sample this is a weight matrix per sample, [B, out, in].
+        bias = torch.lerp(self.start.bias, self.end.bias, tau)
+        if self.context:
+            bias = bias + F.linear(context, self.context_weight)
+        mix = tau.unsqueeze(-1) if tau.dim() else tau
+        return Affine(torch.lerp(self.start.weight, self.end.weight, mix), bias)
+
+
+class Hyper(TimeLayer):
+    """[b; W] = net(t), net a small network of time alone."""
+
+    def make_parameters(self) -> None:
+        self.net = nn.Sequential(
+            nn.Linear(1, HYPER_WIDTH),
+            nn.Tanh(),
+            nn.Linear(HYPER_WIDTH, (self.in_features + 1) * self.out_features),
+        )
+
+    def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
+        made = self.net(tau if tau.dim() else tau.unsqueeze(0))
+        bias, weight = made.split([self.out_features, self.in_features * self.out_features], -1)
+        if self.context:
+            bias = bias + F.linear(context, self.context_weight)
+        return Affine(weight.unflatten(-1, (self.out_features, self.in_features)), bias)
+
+
+LAYERS: dict[str, type[TimeLayer]] = {
+    "ignore": Ignore,
+    "concat": Concat,
+    "concat_v2": ConcatV2,
+    "squash": Squash,
+    "concatsquash": ConcatSquash,
+    "blend": Blend,
+    "hyper": Hyper,
+}
+
+# These two are functions of t itself, so Fourier features have no meaning for them.
+LAYERS_OF_PLAIN_TIME = ("blend", "hyper")
+
+
+def get_layer(name: str) -> type[TimeLayer]:
+    """Finds a layer type by name.
+
+    Raises:
+        ValueError: The name is unknown; the message lists the names there are.
+    """
+    if name not in LAYERS:
+        near = difflib.get_close_matches(str(name), LAYERS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"layer: got {name!r}, expected one of {', '.join(LAYERS)}.{hint}")
+    return LAYERS[name]

@@ -1,0 +1,202 @@
+"""Value and divergence of a network by forward-mode tangents, any number of derivatives deep.
+
+The K tangents travel with the value: rows [a; ȧ_1 … ȧ_K] go through one product per layer,
+
+    h = W a + c,   ḣ_k = W ȧ_k,   a' = φ(h),   ȧ'_k = φ'(h)∘ḣ_k,
+
+and the divergence is (1/K) Σ_k ε_k·ḣ_k of the last layer for probes ε_k, or, exactly, the trace over
+the D unit tangents. `_ValueAndDivergence` is the same with its reverse pass written by hand (DESIGN
+section 1): no graph of small operations is built, buffers are written in place, and weights meet
+both value and tangents in one product backwards too.
+"""
+
+import torch
+from torch import Tensor
+
+from .activation import Activation
+from .layers import Affine
+
+
+def value_and_tangents(
+    affines: list[Affine], activation: Activation, z: Tensor, probe: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Value and divergence in plain differentiable operations.
+
+    Args:
+        affines: The network's layers at a time (or at a time per sample).
+        activation: Applied between the layers.
+        z: State [B, D].
+        probe: [K, B, D], or None for the exact divergence.
+
+    Returns:
+        f [B, D] and the divergence [B].
+    """
+    first, *rest = affines
+    if probe is None:
+        h, dots = first.value(z), first.columns()
+        if not rest:
+            diagonal = torch.diagonal(dots, dim1=0, dim2=2).sum(-1)
+            return h, diagonal.expand(z.shape[0])
+    else:
+        out = first.linear(torch.cat((z.unsqueeze(0), probe)))
+        h, dots = out[0] + first.shift, out[1:]
+    for affine in rest:
+        a = activation.value(h)
+        tangents = activation.slope(h, a) * dots
+        if probe is None and affine is rest[-1]:
+            return affine.value(a), affine.trace(tangents)
+        out = affine.linear(torch.cat((a.unsqueeze(0), tangents)))
+        h, dots = out[0] + affine.shift, out[1:]
+    return h, torch.linalg.vecdot(probe, dots).mean(0)
+
+
+def value_and_divergence_by_hand(
+    affines: list[Affine], activation: Activation, z: Tensor, probe: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same numbers as `value_and_tangents`, several times sooner.
+
+    Only for networks with at least one hidden layer and with neither gates nor weights per sample.
+    """
+    return _ValueAndDivergence.apply(
+        activation,
+        z,
+        probe,
+        *(affine.weight for affine in affines),
+        *(affine.shift for affine in affines),
+    )
+
+
+class _ValueAndDivergence(torch.autograd.Function):
+    """Value and divergence with a hand-written reverse pass.
+
+    Per hidden layer the forward keeps `rows` [1+K, B, in] = [a; ȧ_k] (what entered), `outs`
+    [1+K, B, out] = [h; ḣ_k] and the slope φ'(h). A backward that is itself differentiated
+    recomputes through `value_and_tangents` instead.
+    """
+
+    @staticmethod
+    def forward(ctx, activation, z, probe, *tensors):
+        count = len(tensors) // 2
+        weights, shifts = tensors[:count], tensors[count:]
+        exact = probe is None
+        kept = []
+        rows = z.unsqueeze(0) if exact else torch.cat((z.unsqueeze(0), probe))
+        for weight, shift in zip(weights[:-1], shifts[:-1], strict=True):
+            if exact and not kept:
+                # The unit vectors' tangents are the columns of the first weight: no product.
+                outs = z.new_empty(1 + z.shape[1], z.shape[0], weight.shape[0])
+                torch.mm(z, weight.t(), out=outs[0])
+                outs[1:] = weight.t().unsqueeze(1)
+            else:
+                outs = torch.matmul(rows, weight.t())
+            h = outs[0].add_(shift)
+            a = activation.value(h)
+            slope = activation.slope(h, a)
+            kept += [rows, outs, slope]
+            rows = torch.empty_like(outs)
+            rows[0] = a
+            torch.mul(outs[1:], slope, out=rows[1:])
+        if exact:
+            value = torch.addmm(shifts[-1], rows[0], weights[-1].t())
+            divergence = torch.einsum("kbj,kj->b", rows[1:], weights[-1])
+        else:
+            outs = torch.matmul(rows, weights[-1].t())
+            value = outs[0] + shifts[-1]
+            divergence = torch.linalg.vecdot(probe, outs[1:]).mean(0)
+        ctx.activation = activation
+        ctx.exact = exact
+        ctx.save_for_backward(z, probe, *tensors, *kept, rows)
+        return value, divergence
+
+    @staticmethod
+    def backward(ctx, grad_value, grad_divergence):
+        z, probe, *saved = ctx.saved_tensors
+        count = (len(saved) + 2) // 5  # 2 per layer, and 3 kept per hidden layer and the last rows
+        tensors, kept = saved[: 2 * count], saved[2 * count :]
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, z, probe, tensors, grad_value, grad_divergence)
+        weights, shifts = tensors[:count], tensors[count:]
+        needs_z, needs_probe, *needs = ctx.needs_input_grad[1:]
+        grads: list[Tensor | None] = [None] * len(tensors)
+        probe_grad = None
+
+        # The last layer: seeds u = f̄ and ū_k = μ ε_k / K (exact: μ e_k, kept implicit).
+        rows, weight = kept[-1], weights[-1]
+        if ctx.exact:
+            back = torch.empty_like(rows)
+            torch.mm(grad_value, weight, out=back[0])
+            torch.mul(grad_divergence.unsqueeze(-1), weight.unsqueeze(1), out=back[1:])
+            if needs[count - 1]:
+                grads[count - 1] = torch.matmul(grad_divergence, rows[1:])
+                grads[count - 1].addmm_(grad_value.t(), rows[0])
+        else:
+            mu = (grad_divergence / probe.shape[0]).unsqueeze(-1)
+            seeds = torch.cat((grad_value.unsqueeze(0), mu * probe))
+            if needs_probe:
+                probe_grad = mu * torch.matmul(rows[1:], weight.t())
+            if needs[count - 1]:
+                grads[count - 1] = _outer(seeds, rows)
+            back = _times(seeds, weight)
+        if needs[-1]:
+            grads[-1] = grad_value.sum_to_size(shifts[-1].shape)
+
+        for i in range(count - 2, -1, -1):
+            rows, outs, slope = kept[3 * i : 3 * i + 3]
+            curvature = ctx.activation.curvature
+            if curvature is not None:
+                h, a = outs[0], kept[3 * i + 3][0]
+                bent = torch.mul(outs[1:], back[1:])
+                bent = bent[0] if bent.shape[0] == 1 else bent.sum(0)
+                bent *= curvature(h, a, slope)
+            back.mul_(slope)
+            if curvature is not None:
+                back[0] += bent
+            if needs[count + i]:
+                grads[count + i] = back[0].sum_to_size(shifts[i].shape)
+            if ctx.exact and i == 0:
+                if needs[0]:
+                    grads[0] = back[1:].sum(1).t().addmm(back[0].t(), z)
+                back = _times(back[:1], weights[0]) if needs_z else None
+                break
+            if needs[i]:
+                grads[i] = _outer(back, rows)
+            if i or needs_z or needs_probe:
+                back = _times(back, weights[i])
+        if needs_probe:
+            probe_grad += back[1:]
+        return None, back[0] if needs_z else None, probe_grad, *grads
+
+
+def _differentiable_backward(ctx, z, probe, tensors, grad_value, grad_divergence):
+    """The backward as differentiable operations, for gradients of gradients."""
+    count = len(tensors) // 2
+    affines = [Affine(w, c) for w, c in zip(tensors[:count], tensors[count:], strict=True)]
+    with torch.enable_grad():
+        outputs = value_and_tangents(affines, ctx.activation, z, probe)
+    inputs = [z, probe, *tensors]
+    wanted = [x for x, need in zip(inputs, ctx.needs_input_grad[1:], strict=True) if need]
+    found = iter(
+        torch.autograd.grad(
+            outputs, wanted, (grad_value, grad_divergence), create_graph=True, allow_unused=True
+        )
+    )
+    return None, *(next(found) if need else None for need in ctx.needs_input_grad[1:])
+
+
+# BLAS (MKL 2024 under torch 2.13) is up to five times slower when the narrow side of a product is
+# the second, row-major operand; features are few, so the first and last layers are all narrow.
+
+
+def _times(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows W: [R, B, out] with [out, in] gives [R, B, in]."""
+    if weight.shape[1] < weight.shape[0]:
+        weight = weight.t().contiguous().t()
+    return torch.matmul(rows, weight)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right summed over rows and batch: [R, B, out] with [R, B, in] gives [out, in]."""
+    left, right = left.flatten(0, 1), right.flatten(0, 1)
+    if right.shape[1] < left.shape[1]:
+        return torch.mm(right.t(), left).t()
+    return torch.mm(left.t(), right)
