@@ -26,13 +26,16 @@ struct StageParams {
   T* out;          // [N]
 };
 
-// Tolerances of a solve: one number each, or one per element of the state.
+// Tolerances of a solve: one number each, or one per element of the state. A number that lives in device memory stays there,
+// so that no host waits for it; the kernel puts it in place.
 template <typename T>
 struct Tolerance {
   T rtol;
   T atol;
-  const double* rtol_each;  // [N] or null
-  const double* atol_each;  // [N] or null
+  const double* rtol_each;    // [N] or null
+  const double* atol_each;    // [N] or null
+  const double* rtol_device;  // the number in device memory, or null
+  const double* atol_device;  // the number in device memory, or null
 };
 
 // End of a step: solution, error estimate and the squared scaled error, in one pass.

@@ -5,9 +5,17 @@
 
 namespace pycnf {
 
-// Rounding decides step counts, so a weighted sum adds in the order in which ATen sums a short row: whole groups of four go
-// to four partial sums, the rest to the first, and the four are added from left to right.
-PYCNF_HD int sum_lane(int term, int count) { return term < count / 4 * 4 ? term % 4 : 0; }
+// Rounding decides step counts, so a weighted sum adds in the order in which ATen sums a short row on the CPU: terms fall
+// into groups, a group is summed in the order of its terms, and the groups are added in ascending order. From one vector of
+// 32 bytes on, there is a group for each lane after one for what is left over; below, four groups, the first with the rest.
+constexpr int kSumGroups = 9;
+
+template <typename T>
+PYCNF_HD int sum_group(int term, int count) {
+  const int lanes = 32 / int(sizeof(T));
+  if (count >= lanes) return term < count / lanes * lanes ? 1 + term % lanes : 0;
+  return term < count / 4 * 4 ? term % 4 : 0;
+}
 
 template <typename T>
 PYCNF_HD T magnitude(T x) {

@@ -24,25 +24,25 @@ struct Block {
 // sum = weighted rows over [begin, begin + length), in the order that rk.h prescribes. Rows of weight zero are not read.
 template <typename T>
 void weighted_sum(const WeightedRows<T>& terms, int64_t begin, int length, T* __restrict sum) {
-  Block<T> lanes[4];
-  bool used[4] = {false, false, false, false};
+  Block<T> groups[kSumGroups];
+  bool used[kSumGroups] = {};
   for (int j = 0; j < terms.count; ++j) {
     const T weight = terms.weights[j];
     if (weight == T(0)) continue;
-    const int lane = sum_lane(j, terms.count);
-    T* __restrict partial = lanes[lane].value;
+    const int group = sum_group<T>(j, terms.count);
+    T* __restrict partial = groups[group].value;
     const T* __restrict row = terms.rows[j] + begin;
-    if (used[lane]) {
+    if (used[group]) {
       for (int i = 0; i < length; ++i) partial[i] += row[i] * weight;
     } else {
       for (int i = 0; i < length; ++i) partial[i] = row[i] * weight;
-      used[lane] = true;
+      used[group] = true;
     }
   }
   bool first = true;
-  for (int lane = 0; lane < 4; ++lane) {
-    if (!used[lane]) continue;
-    const T* __restrict partial = lanes[lane].value;
+  for (int group = 0; group < kSumGroups; ++group) {
+    if (!used[group]) continue;
+    const T* __restrict partial = groups[group].value;
     if (first) {
       for (int i = 0; i < length; ++i) sum[i] = partial[i];
       first = false;

@@ -89,10 +89,15 @@ struct Rows {
 template <typename T>
 Tolerance<T> tolerance(const at::Tensor& rtol, const at::Tensor& atol, const at::Tensor& y0) {
   Tolerance<T> result = {};
-  const auto read = [&](const at::Tensor& x, const char* name, T& value, const double*& each) {
+  const auto read = [&](const at::Tensor& x, const char* name, T& value, const double*& each,
+                        const double*& on_device) {
     TORCH_CHECK(x.scalar_type() == at::kDouble, name, " must be float64, got ", x.scalar_type());
-    if (x.dim() == 0) {
+    if (x.dim() == 0 && x.is_cpu()) {
       value = T(x.item<double>());
+    } else if (x.dim() == 0) {
+      TORCH_CHECK(x.device() == y0.device(), name, " must be on the CPU or on ", y0.device(),
+                  ", got ", x.device());
+      on_device = x.const_data_ptr<double>();
     } else {
       TORCH_CHECK(x.numel() == y0.numel() && x.is_contiguous() && x.device() == y0.device(), name,
                   " must be 0-dim or have one value per value of the state (", y0.numel(),
@@ -100,8 +105,8 @@ Tolerance<T> tolerance(const at::Tensor& rtol, const at::Tensor& atol, const at:
       each = x.const_data_ptr<double>();
     }
   };
-  read(rtol, "rtol", result.rtol, result.rtol_each);
-  read(atol, "atol", result.atol, result.atol_each);
+  read(rtol, "rtol", result.rtol, result.rtol_each, result.rtol_device);
+  read(atol, "atol", result.atol, result.atol_each, result.atol_device);
   return result;
 }
 
@@ -117,11 +122,42 @@ StageParams<T> stage_params(const at::Tensor& y0, const Rows& rows, at::TensorLi
   return p;
 }
 
+// The rows of rk_combine, contiguous. They must outlive the kernel's use of combine_params.
+inline std::vector<at::Tensor> combine_rows(const at::Tensor& y0, at::TensorList k,
+                                            at::ArrayRef<double> weights) {
+  TORCH_CHECK(k.size() == weights.size() && k.size() <= size_t(kMaxStages) && !k.empty(),
+              "k and weights must have the same length, 1 to ", kMaxStages, "; got ", k.size(),
+              " and ", weights.size());
+  std::vector<at::Tensor> rows;
+  for (const auto& row : k) {
+    rows.push_back(row.contiguous());
+    check_like(rows.back(), y0, "k");
+  }
+  return rows;
+}
+
+template <typename T>
+StageParams<T> combine_params(const at::Tensor& y0, const std::vector<at::Tensor>& rows,
+                              at::ArrayRef<double> weights, double h, const at::Tensor& out) {
+  StageParams<T> p = {};
+  p.y0 = y0.const_data_ptr<T>();
+  p.out = out.data_ptr<T>();
+  p.terms.count = int(rows.size());
+  for (int j = 0; j < p.terms.count; ++j) {
+    p.terms.rows[j] = rows[j].const_data_ptr<T>();
+    p.terms.weights[j] = T(weights[j]) * T(h);
+  }
+  return p;
+}
+
 template <typename T>
 FinishParams<T> finish_params(const at::Tensor& y0, const Rows& rows, at::TensorList fresh,
                               const at::Tensor& y1, at::ArrayRef<double> solution,
                               at::ArrayRef<double> error, double h, const at::Tensor& rtol,
                               const at::Tensor& atol, const std::optional<at::Tensor>& ratio) {
+  TORCH_CHECK(solution.empty() || solution.size() == error.size(),
+              "solution must be empty or as long as error, got ", solution.size(), " and ",
+              error.size(), " weights");
   FinishParams<T> p = {};
   p.y0 = y0.const_data_ptr<T>();
   p.solution = rows.weighted<T>(solution, h);

@@ -76,7 +76,7 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("tanh", torch.tanh, lambda h, a: 1 - a * a, lambda h, a, s: -2 * a * s),
         Activation(
             "softplus",
-            # torch turns linear at h > 20, where f64 still sees 2e-9 of curvature; 40 hides nothing.
+            # torch turns linear at h > 20, which in f64 is an error of 2e-9; at 40 there is none.
             lambda h: F.softplus(h, threshold=40.0),
             lambda h, a: torch.sigmoid(h),
             lambda h, a, s: s * (1 - s),

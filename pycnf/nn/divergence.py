@@ -5,6 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import closed_form
+from .activation import Activation
+from .layers import Affine
 from .mlp import MLP
 from .tangents import value_and_divergence_by_hand, value_and_tangents
 
@@ -58,13 +61,21 @@ def value_and_divergence(
         if probe.dtype != z.dtype:
             raise TypeError(f"probe: got {probe.dtype}, expected z's {z.dtype}")
     if has_forward_mode(field):
-        affines = field.affines(t, z, context)
-        by_hand = len(affines) > 1 and all(
-            affine.gate is None and affine.weight.dim() == 2 for affine in affines
-        )
-        evaluate = value_and_divergence_by_hand if by_hand else value_and_tangents
-        return evaluate(affines, field.activation, z, probe)
+        return mlp_value_and_divergence(field.affines(t, z, context), field.activation, z, probe)
     return _by_vjp(field, t, z, probe, context)
+
+
+def mlp_value_and_divergence(
+    affines: list[Affine], activation: Activation, z: Tensor, probe: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Value and divergence of an `MLP` given its layers at a time, by the quickest way there is."""
+    hidden = len(affines) - 1
+    shared = all(affine.gate is None and affine.weight.dim() == 2 for affine in affines)
+    if not shared or hidden == 0:
+        return value_and_tangents(affines, activation, z, probe)
+    if probe is None and hidden in closed_form.HIDDEN_LAYERS:
+        return closed_form.value_and_trace(affines, activation, z)
+    return value_and_divergence_by_hand(affines, activation, z, probe)
 
 
 def has_forward_mode(field: VectorField) -> bool:
@@ -124,15 +135,15 @@ def _vjp(value: Tensor, z: Tensor, cotangents: Tensor, differentiable: bool) -> 
             create_graph=differentiable,
             retain_graph=True,
             is_grads_batched=batched,
-            materialize_grads=True,
+            allow_unused=True,
         )
-        return product
+        return torch.zeros_like(cotangent) if product is None else product
 
     if cotangents.shape[0] > 1:
         try:
             return pull(cotangents, True)
         except RuntimeError:
-            # An operation of the field that vmap cannot batch (a custom autograd.Function, say).
-            # A genuine error shows again below.
+            # An operation that vmap cannot batch (a custom autograd.Function, say), or no memory
+            # for all at once. An error of another kind shows again below.
             pass
     return torch.stack([pull(cotangent, False) for cotangent in cotangents])

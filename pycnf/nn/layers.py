@@ -31,14 +31,27 @@ class Affine:
     gate: Tensor | None = None
 
     def folded(self) -> "Affine":
-        """The same map with a shared gate multiplied into the weight.
+        """The same map with a gate shared by the batch multiplied into the weight.
 
-        H² products instead of (1+K)·B·H, and one branch less for everyone after. A gate per sample
-        stays as it is.
+        H² products instead of (1+K)·B·H, and one branch less for everyone after. A gate per sample,
+        [B, out], stays as it is.
         """
         if self.gate is None or self.gate.dim() == 2:
             return self
         return Affine(self.weight * self.gate.unsqueeze(-1), self.shift)
+
+    def unbind(self, count: int) -> list["Affine"]:
+        """Splits a map made for `count` times at once, of shapes [count, 1 or B, ·]."""
+        shifts = self.shift.squeeze(1) if self.shift.dim() == 3 else self.shift
+        weights = self.weight.squeeze(1) if self.weight.dim() == 4 else self.weight
+        return [
+            Affine(weight, shift)
+            for weight, shift in zip(
+                weights.unbind() if weights.dim() == 3 else [weights] * count,
+                shifts.unbind() if self.shift.dim() == 3 else [shifts] * count,
+                strict=True,
+            )
+        ]
 
     def linear(self, rows: Tensor) -> Tensor:
         """gate∘(W rows), without the shift: what the layer does to tangents. rows [R, B, in]."""
@@ -112,11 +125,12 @@ class TimeLayer(nn.Module):
         """The layer at a time.
 
         Args:
-            tau: t, 0-dim (or [B, 1]), or Fourier features of t, [F] (or [B, F]).
+            tau: The time: t, 0-dim, or F Fourier features [F]; a time per sample, [B, 1] or
+                [B, F]; or S times, [S, 1, 1] or [S, 1, F], for `Affine.unbind`.
             context: [C], [B, C] or None.
 
         Returns:
-            The affine map; per sample where tau or context are per sample.
+            The affine map; its shapes begin with those of tau and context, where they matter.
         """
         raise NotImplementedError
 
@@ -137,7 +151,7 @@ class TimeLayer(nn.Module):
         return _parameter(self.out_features, self.time_features, fan_in=self.time_features)
 
     def _bias(self, context: Tensor | None) -> Tensor:
-        """b plus the context's part: [out] or [B, out]."""
+        """The bias plus the context's part: [out] or [B, out]."""
         if not self.context:
             return self.bias
         return F.linear(context, self.context_weight, self.bias)

@@ -4,11 +4,13 @@ The K tangents travel with the value: rows [a; ȧ_1 … ȧ_K] go through one pro
 
     h = W a + c,   ḣ_k = W ȧ_k,   a' = φ(h),   ȧ'_k = φ'(h)∘ḣ_k,
 
-and the divergence is (1/K) Σ_k ε_k·ḣ_k of the last layer for probes ε_k, or, exactly, the trace over
-the D unit tangents. `_ValueAndDivergence` is the same with its reverse pass written by hand (DESIGN
-section 1): no graph of small operations is built, buffers are written in place, and weights meet
-both value and tangents in one product backwards too.
+and the divergence is (1/K) Σ_k ε_k·ḣ_k of the last layer for probes ε_k, or, exactly, the trace
+over the D unit tangents. `_ValueAndDivergence` is the same with its reverse pass written by hand
+(DESIGN section 1): no graph of small operations is built, buffers are written in place, and
+backwards, too, a weight meets value and tangents in one product.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,59 +55,87 @@ def value_and_tangents(
 def value_and_divergence_by_hand(
     affines: list[Affine], activation: Activation, z: Tensor, probe: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same numbers as `value_and_tangents`, several times sooner.
+    """The same numbers as `value_and_tangents`, without a graph of small operations.
 
     Only for networks with at least one hidden layer and with neither gates nor weights per sample.
     """
-    return _ValueAndDivergence.apply(
-        activation,
-        z,
-        probe,
-        *(affine.weight for affine in affines),
-        *(affine.shift for affine in affines),
-    )
+    weights = [affine.weight for affine in affines]
+    shifts = [affine.shift for affine in affines]
+    if torch.is_grad_enabled():
+        return _ValueAndDivergence.apply(activation, z, probe, *weights, *shifts)
+    value, divergence, _ = _evaluate(activation, z, probe, weights, shifts, keep=False)
+    return value, divergence
+
+
+def _evaluate(
+    activation: Activation,
+    z: Tensor,
+    probe: Tensor | None,
+    weights: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    keep: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Value, divergence and what the reverse pass needs (if kept).
+
+    Kept are, for every hidden layer, `rows` [1+K, B, in] = [a; ȧ_k] (what entered), `outs`
+    [1+K, B, out] = [h; ḣ_k] and the slope φ'(h) [B, out], and then the last layer's rows.
+    """
+    exact = probe is None
+    count = 1 + (z.shape[1] if exact else probe.shape[0])
+    sizes = [count * z.shape[0] * weight.shape[0] for weight in weights[:-1]]
+    # One allocation: malloc hands back to the system, page by page, what many large buffers freed
+    # together leave, and the next evaluation would fault every page in again (half of its time).
+    if keep:
+        areas = z.new_empty(2 * sum(sizes)).split([size for size in sizes for _ in range(2)])
+    else:
+        areas = z.new_empty(2, max(sizes)).unbind()
+    kept = []
+    rows = z.unsqueeze(0) if exact else torch.cat((z.unsqueeze(0), probe))
+    for i, (weight, shift) in enumerate(zip(weights[:-1], shifts[:-1], strict=True)):
+        area = areas[2 * i if keep else i % 2]
+        outs = area[: sizes[i]].view(count, z.shape[0], weight.shape[0])
+        if exact and i == 0:
+            # The unit vectors' tangents are the columns of the first weight: no product.
+            torch.mm(z, weight.t(), out=outs[0])
+            outs[1:] = weight.t().unsqueeze(1)
+        else:
+            torch.mm(rows.flatten(0, 1), weight.t(), out=outs.flatten(0, 1))
+        h = outs[0].add_(shift)
+        a = activation.value(h)
+        slope = activation.slope(h, a)
+        if keep:
+            kept += [rows, outs, slope]
+            rows = areas[2 * i + 1].view_as(outs)
+        else:
+            rows = outs
+        rows[0] = a
+        torch.mul(outs[1:], slope, out=rows[1:])
+    kept.append(rows)
+    if exact:
+        value = torch.addmm(shifts[-1], rows[0], weights[-1].t())
+        divergence = torch.einsum("kbj,kj->b", rows[1:], weights[-1])
+    else:
+        outs = torch.matmul(rows, weights[-1].t())
+        value = outs[0] + shifts[-1]
+        divergence = torch.linalg.vecdot(probe, outs[1:]).mean(0)
+    return value, divergence, kept
 
 
 class _ValueAndDivergence(torch.autograd.Function):
-    """Value and divergence with a hand-written reverse pass.
+    """Value and divergence with the reverse pass of DESIGN section 1 written by hand.
 
-    Per hidden layer the forward keeps `rows` [1+K, B, in] = [a; ȧ_k] (what entered), `outs`
-    [1+K, B, out] = [h; ḣ_k] and the slope φ'(h). A backward that is itself differentiated
-    recomputes through `value_and_tangents` instead.
+    A backward that is itself differentiated recomputes through `value_and_tangents` instead.
     """
 
     @staticmethod
     def forward(ctx, activation, z, probe, *tensors):
         count = len(tensors) // 2
-        weights, shifts = tensors[:count], tensors[count:]
-        exact = probe is None
-        kept = []
-        rows = z.unsqueeze(0) if exact else torch.cat((z.unsqueeze(0), probe))
-        for weight, shift in zip(weights[:-1], shifts[:-1], strict=True):
-            if exact and not kept:
-                # The unit vectors' tangents are the columns of the first weight: no product.
-                outs = z.new_empty(1 + z.shape[1], z.shape[0], weight.shape[0])
-                torch.mm(z, weight.t(), out=outs[0])
-                outs[1:] = weight.t().unsqueeze(1)
-            else:
-                outs = torch.matmul(rows, weight.t())
-            h = outs[0].add_(shift)
-            a = activation.value(h)
-            slope = activation.slope(h, a)
-            kept += [rows, outs, slope]
-            rows = torch.empty_like(outs)
-            rows[0] = a
-            torch.mul(outs[1:], slope, out=rows[1:])
-        if exact:
-            value = torch.addmm(shifts[-1], rows[0], weights[-1].t())
-            divergence = torch.einsum("kbj,kj->b", rows[1:], weights[-1])
-        else:
-            outs = torch.matmul(rows, weights[-1].t())
-            value = outs[0] + shifts[-1]
-            divergence = torch.linalg.vecdot(probe, outs[1:]).mean(0)
+        value, divergence, kept = _evaluate(
+            activation, z, probe, tensors[:count], tensors[count:], keep=True
+        )
         ctx.activation = activation
-        ctx.exact = exact
-        ctx.save_for_backward(z, probe, *tensors, *kept, rows)
+        ctx.exact = probe is None
+        ctx.save_for_backward(z, probe, *tensors, *kept)
         return value, divergence
 
     @staticmethod
@@ -188,14 +218,14 @@ def _differentiable_backward(ctx, z, probe, tensors, grad_value, grad_divergence
 
 
 def _times(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows W: [R, B, out] with [out, in] gives [R, B, in]."""
+    """The product rows W: [R, B, out] with [out, in] gives [R, B, in]."""
     if weight.shape[1] < weight.shape[0]:
         weight = weight.t().contiguous().t()
     return torch.matmul(rows, weight)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right summed over rows and batch: [R, B, out] with [R, B, in] gives [out, in]."""
+    """leftᵀ right, summed over rows and batch: [R, B, out], [R, B, in] give [out, in]."""
     left, right = left.flatten(0, 1), right.flatten(0, 1)
     if right.shape[1] < left.shape[1]:
         return torch.mm(right.t(), left).t()

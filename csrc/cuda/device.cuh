@@ -1,0 +1,120 @@
+// The kernels' one door to CUDA's runtime and intrinsics: launch, barrier, warp exchange, shared memory, wide loads. Whoever
+// runs the kernels as plain C++ on a host replaces <cuda_runtime.h> and what stands here.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <type_traits>
+
+namespace pycnf {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;  // of a block, unless a kernel says otherwise
+
+// Enough blocks to keep every multiprocessor busy to the end (a GPU holds a thousand of ours at a time); what is left over is
+// done by the same blocks in strides. A constant, so that no launch has to query the device.
+constexpr int64_t kMaxBlocks = 16384;
+
+inline int64_t blocks_for(int64_t work, int64_t per_block) {
+  const int64_t blocks = (work + per_block - 1) / per_block;
+  return blocks < kMaxBlocks ? blocks : kMaxBlocks;
+}
+
+// The error of this launch alone: cudaGetLastError() would also return, and clear, somebody else's.
+template <typename... Params, typename... Arguments>
+cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// Dynamic shared memory, the only kind in use.
+template <typename T>
+__device__ inline T* shared_memory() {
+  extern __shared__ __align__(16) unsigned char pycnf_shared[];
+  return reinterpret_cast<T*>(pycnf_shared);
+}
+
+__device__ inline void barrier() { __syncthreads(); }
+
+// The value of the lane `offset` above; every lane of the warp takes part.
+template <typename T>
+__device__ inline T shuffle_down(T value, int offset) {
+  return __shfl_down_sync(0xffffffffu, value, offset);
+}
+
+__device__ inline int64_t global_thread() {
+  return int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+
+__device__ inline int64_t global_threads() { return int64_t(gridDim.x) * blockDim.x; }
+
+// ---- groups of elements ----------------------------------------------------------------------------------------------
+
+// Elements that a thread moves in one access: kFull of them (16 bytes) where every row is aligned, else one. Neighbouring
+// threads own neighbouring groups, so that either way a warp's accesses are one run of memory.
+template <typename T>
+constexpr int kFull = int(16 / sizeof(T));
+
+template <typename T, int kWidth>
+struct alignas(kWidth * sizeof(T)) Group {
+  T value[kWidth];
+};
+
+template <int kWidth, typename T>
+__device__ inline Group<T, kWidth> load(const T* from) {
+  return *reinterpret_cast<const Group<T, kWidth>*>(from);
+}
+
+template <int kWidth, typename T>
+__device__ inline void store(T* to, const Group<T, kWidth>& group) {
+  *reinterpret_cast<Group<T, kWidth>*>(to) = group;
+}
+
+template <typename T, int kWidth>
+__device__ inline Group<T, kWidth> filled(T value) {
+  Group<T, kWidth> group;
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e) group.value[e] = value;
+  return group;
+}
+
+// Whether rows can be moved in groups of 16 bytes; null pointers can.
+inline bool aligned(std::initializer_list<const void*> rows) {
+  uintptr_t bits = 0;
+  for (const void* row : rows) bits |= reinterpret_cast<uintptr_t>(row);
+  return bits % 16 == 0;
+}
+
+template <int kWidth>
+using Width = std::integral_constant<int, kWidth>;
+
+// Calls body(Width<w>, i) for elements [i, i + w) until [begin, end) is covered, the work shared by `threads` threads (at
+// least 2 kWidth). Groups begin at multiples of their width, counted from the start of the row; what [begin, end) cuts off
+// at its edges is done one by one.
+template <int kWidth, typename Body>
+__device__ inline void for_each_group(int64_t begin, int64_t end, int64_t thread, int64_t threads,
+                                      const Body& body) {
+  const int64_t above = (begin + kWidth - 1) / kWidth * kWidth;
+  const int64_t below = end / kWidth * kWidth;
+  const int64_t first = above < end ? above : end;
+  const int64_t last = below > first ? below : first;
+  for (int64_t i = first + thread * kWidth; i < last; i += threads * kWidth) {
+    body(Width<kWidth>(), i);
+  }
+  if constexpr (kWidth > 1) {
+    const int64_t head = first - begin;
+    if (thread < head + (end - last)) {
+      body(Width<1>(), thread < head ? begin + thread : last + (thread - head));
+    }
+  }
+}
+
+}  // namespace pycnf

@@ -1,0 +1,104 @@
+// Weighted sums of the derivative rows of a step.
+#pragma once
+
+#include "core/rk.h"
+#include "cuda/device.cuh"
+
+namespace pycnf {
+
+// Rows of which at least one of kSums sums has a non-zero weight, sorted by the group of the sum (sum_group in core/rk.h)
+// and within a group by stage. A group's partial sum is then complete before the next begins, so one accumulator serves
+// where the order of summation asks for up to nine, and the kernel neither reads a row for nothing nor indexes registers.
+template <typename T, int kSums>
+struct PackedRows {
+  const T* row[kMaxStages];
+  T weight[kSums][kMaxStages];
+  uint32_t ends;  // bit j: row j is the last of its group
+  int count;
+};
+
+// Sums over the same rows with equally many terms. Where the newest row comes from `fresh`, it is read there: other threads
+// may not yet have stored it to `fresh_row`.
+template <typename T, int kSums>
+PackedRows<T, kSums> pack_rows(const WeightedRows<T>* const (&sums)[kSums], const T* fresh,
+                               const T* fresh_row) {
+  PackedRows<T, kSums> packed = {};
+  const int terms = sums[0]->count;
+  for (int group = 0; group < kSumGroups; ++group) {
+    const int before = packed.count;
+    for (int j = 0; j < terms; ++j) {
+      bool wanted = false;
+      for (int s = 0; s < kSums; ++s) wanted = wanted || sums[s]->weights[j] != T(0);
+      if (!wanted || sum_group<T>(j, terms) != group) continue;
+      const T* row = sums[0]->rows[j];
+      packed.row[packed.count] = fresh != nullptr && row == fresh_row ? fresh : row;
+      for (int s = 0; s < kSums; ++s) packed.weight[s][packed.count] = sums[s]->weights[j];
+      ++packed.count;
+    }
+    if (packed.count > before) packed.ends |= 1u << (packed.count - 1);
+  }
+  return packed;
+}
+
+template <typename T, int kSums>
+bool aligned(const PackedRows<T, kSums>& rows) {
+  bool all = true;
+  for (int j = 0; j < rows.count; ++j) all = all && aligned({rows.row[j]});
+  return all;
+}
+
+// total[s] = sum s over elements [i, i + kWidth).
+template <int kWidth, typename T, int kSums>
+__device__ inline void weighted_sums(const PackedRows<T, kSums>& rows, int64_t i,
+                                     Group<T, kWidth> (&total)[kSums]) {
+  // -0 is what leaves every number unchanged when added, so a group without terms drops out, as in the CPU kernels.
+  constexpr T kNothing = T(-0.);
+  // Loads of several rows are on their way before the first is used.
+  constexpr int kInFlight = 4;
+  Group<T, kWidth> partial[kSums];
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) partial[s] = total[s] = filled<T, kWidth>(kNothing);
+  for (int j = 0; j < rows.count; j += kInFlight) {
+    Group<T, kWidth> row[kInFlight];
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      if (j + u < rows.count) row[u] = load<kWidth>(rows.row[j + u] + i);
+    }
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      if (j + u >= rows.count) continue;
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) {
+        const T weight = rows.weight[s][j + u];
+        if (kSums > 1 && weight == T(0)) continue;  // the other sum wants this row
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) partial[s].value[e] += row[u].value[e] * weight;
+      }
+      if ((rows.ends >> (j + u) & 1u) == 0) continue;
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) {
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) total[s].value[e] += partial[s].value[e];
+        partial[s] = filled<T, kWidth>(kNothing);
+      }
+    }
+  }
+}
+
+// y0 + sum over elements [i, i + kWidth).
+template <int kWidth, typename T>
+__device__ inline Group<T, kWidth> advance(const T* y0, const PackedRows<T, 1>& rows, int64_t i) {
+  const Group<T, kWidth> start = load<kWidth>(y0 + i);
+  Group<T, kWidth> sum[1];
+  weighted_sums(rows, i, sum);
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e) sum[0].value[e] = start.value[e] + sum[0].value[e];
+  return sum[0];
+}
+
+template <int kWidth, typename T>
+__device__ inline void store_fresh(const T* fresh, T* fresh_row, int64_t i) {
+  if (fresh != nullptr) store<kWidth>(fresh_row + i, load<kWidth>(fresh + i));
+}
+
+}  // namespace pycnf

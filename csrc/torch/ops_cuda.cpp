@@ -1,0 +1,190 @@
+// CUDA implementations: check, allocate, guard, launch on the current stream. The host never waits here.
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "cuda/kernels.h"
+#include "torch/arguments.h"
+
+namespace pycnf {
+namespace {
+
+using c10::cuda::CUDAGuard;
+
+cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+// One CUDA argument suffices to be dispatched here.
+void check_cuda(const at::Tensor& x, const char* name) {
+  TORCH_CHECK(x.is_cuda(), name, " must be on the GPU like the other arguments, got ", x.device());
+}
+
+// What a norm needs in device memory: `scratch` holds the partial sums and, behind them, the table of many pieces.
+struct Norm {
+  NormLayout layout;
+  at::Tensor scratch;
+  at::Tensor result;  // f64 [2]
+
+  NormPartial* partials() const { return reinterpret_cast<NormPartial*>(scratch.data_ptr()); }
+};
+
+Norm prepare_norm(at::IntArrayRef segments, const at::Tensor& y0) {
+  const int64_t size = y0.numel();
+  Norm norm = {};
+  norm.layout.chunk = norm_chunk(size);
+  std::vector<NormPiece> pieces;
+  int64_t ranges = 0;
+  const auto add_piece = [&](int64_t begin, int64_t end, int64_t segment) {
+    pieces.push_back({begin, end, int32_t(segment), int32_t(ranges)});
+    ranges += ranges_of_piece(begin, end, norm.layout.chunk);
+  };
+  // An empty segment has an RMS of NaN, which counts in the first place only.
+  if (segments.size() >= 2 && segments[0] == segments[1]) add_piece(segments[0], segments[1], 0);
+  for (const auto& piece : norm_ranges(segments, size, std::max<int64_t>(1, size))) {
+    add_piece(piece.begin, piece.end, piece.segment);
+  }
+  norm.layout.pieces = int32_t(pieces.size());
+  norm.layout.ranges = int32_t(ranges);
+
+  const bool few = pieces.size() <= size_t(kFewPieces);
+  const int64_t table_bytes = few ? 0 : int64_t(pieces.size() * sizeof(NormPiece));
+  norm.scratch = at::empty({ranges * int64_t(sizeof(NormPartial)) + table_bytes},
+                           y0.options().dtype(at::kByte));
+  norm.result = at::empty({2}, y0.options().dtype(at::kDouble));
+  if (few) {
+    std::copy(pieces.begin(), pieces.end(), norm.layout.few);
+  } else {
+    auto* table = reinterpret_cast<NormPiece*>(norm.partials() + ranges);
+    C10_CUDA_CHECK(
+        launch_store_pieces(pieces.data(), norm.layout.pieces, table, current_stream()));
+    norm.layout.table = table;
+  }
+  return norm;
+}
+
+at::Tensor rk_stage_cuda(const at::Tensor& y0, const at::Tensor& k, bool flip, at::TensorList fresh,
+                         at::ArrayRef<double> weights, double h) {
+  check_cuda(y0, "y0");
+  check_state(y0, "y0");
+  const Rows rows(k, y0, flip);
+  TORCH_CHECK(!weights.empty(), "weights must not be empty");
+  const CUDAGuard guard(y0.device());
+  auto out = at::empty_like(y0);
+  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_stage", [&] {
+    const auto p = stage_params<scalar_t>(y0, rows, fresh, weights, h, out);
+    C10_CUDA_CHECK(launch_stage(p, y0.numel(), current_stream()));
+  });
+  return out;
+}
+
+at::Tensor rk_finish_cuda(const at::Tensor& y0, const at::Tensor& k, bool flip,
+                          at::TensorList fresh, const at::Tensor& y1,
+                          at::ArrayRef<double> solution, at::ArrayRef<double> error, double h,
+                          const at::Tensor& rtol, const at::Tensor& atol, at::IntArrayRef segments,
+                          const std::optional<at::Tensor>& ratio) {
+  check_cuda(y0, "y0");
+  check_state(y0, "y0");
+  check_like(y1, y0, "y1");
+  if (ratio.has_value()) check_like(*ratio, y0, "ratio");
+  const Rows rows(k, y0, flip);
+  const CUDAGuard guard(y0.device());
+  auto norm = prepare_norm(segments, y0);
+  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_finish", [&] {
+    const auto p = finish_params<scalar_t>(y0, rows, fresh, y1, solution, error, h, rtol, atol, ratio);
+    C10_CUDA_CHECK(launch_finish(p, norm.layout, norm.partials(), norm.result.data_ptr<double>(),
+                                 current_stream()));
+  });
+  return norm.result;
+}
+
+void rk_interpolate_cuda(const at::Tensor& y0, const at::Tensor& y1, const at::Tensor& k, bool flip,
+                         at::ArrayRef<double> middle, double h, at::ArrayRef<double> x,
+                         const at::Tensor& out) {
+  check_cuda(y0, "y0");
+  check_interpolate(y0, y1, x, out);
+  const Rows rows(k, y0, flip);
+  const CUDAGuard guard(y0.device());
+  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_interpolate", [&] {
+    const auto points = at::tensor(x, at::device(at::kCPU).dtype(y0.scalar_type()));
+    const auto p = interpolate_params<scalar_t>(y0, y1, rows, middle, h, points, out);
+    C10_CUDA_CHECK(launch_interpolate(p, current_stream()));
+  });
+}
+
+at::Tensor rk_initial_norms_cuda(const at::Tensor& y0, const at::Tensor& f0,
+                                 const std::optional<at::Tensor>& f1, const at::Tensor& rtol,
+                                 const at::Tensor& atol, at::IntArrayRef segments) {
+  check_cuda(y0, "y0");
+  check_state(y0, "y0");
+  check_like(f0, y0, "f0");
+  if (f1.has_value()) check_like(*f1, y0, "f1");
+  const CUDAGuard guard(y0.device());
+  auto norm = prepare_norm(segments, y0);
+  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_initial_norms", [&] {
+    const auto p = initial_params<scalar_t>(y0, f0, f1, rtol, atol);
+    C10_CUDA_CHECK(launch_initial(p, norm.layout, norm.partials(), norm.result.data_ptr<double>(),
+                                  current_stream()));
+  });
+  return norm.result;
+}
+
+at::Tensor rk_combine_cuda(const at::Tensor& y, at::TensorList k, at::ArrayRef<double> weights,
+                           double h, const std::optional<at::Tensor>&) {
+  check_cuda(y, "y");
+  const CUDAGuard guard(y.device());
+  const auto y0 = y.contiguous();
+  const auto rows = combine_rows(y0, k, weights);
+  auto out = at::empty_like(y0);
+  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_combine", [&] {
+    const auto p = combine_params<scalar_t>(y0, rows, weights, h, out);
+    C10_CUDA_CHECK(launch_stage(p, y0.numel(), current_stream()));
+  });
+  return out;
+}
+
+at::Tensor probe_keys_cuda(const at::Tensor& x) {
+  TORCH_CHECK(x.dim() >= 1, "x must be [B, ...], got a 0-dim tensor");
+  const CUDAGuard guard(x.device());
+  const auto rows = x.contiguous();
+  const int64_t batch = rows.size(0);
+  auto keys = at::empty({batch}, rows.options().dtype(at::kLong));
+  const int64_t features = batch > 0 ? rows.numel() / batch : 0;
+  AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "probe_keys", [&] {
+    const KeyParams<scalar_t> p = {rows.const_data_ptr<scalar_t>(), features,
+                                   keys.data_ptr<int64_t>()};
+    C10_CUDA_CHECK(launch_hash_keys(p, batch, current_stream()));
+  });
+  return keys;
+}
+
+at::Tensor probe_sample_cuda(const at::Tensor& keys, int64_t seed, int64_t probes, int64_t features,
+                             bool gaussian, at::ScalarType dtype) {
+  check_keys(keys, probes, features);
+  const CUDAGuard guard(keys.device());
+  const auto contiguous = keys.contiguous();
+  const int64_t batch = keys.numel();
+  auto out = at::empty({probes, batch, features}, keys.options().dtype(dtype));
+  AT_DISPATCH_FLOATING_TYPES(dtype, "probe_sample", [&] {
+    const ProbeParams<scalar_t> p = {contiguous.const_data_ptr<int64_t>(), uint64_t(seed), probes,
+                                     batch, features, gaussian, out.data_ptr<scalar_t>()};
+    C10_CUDA_CHECK(launch_sample_probes(p, current_stream()));
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(pycnf, CUDA, m) {
+  m.impl("rk_stage", rk_stage_cuda);
+  m.impl("rk_finish", rk_finish_cuda);
+  m.impl("rk_interpolate", rk_interpolate_cuda);
+  m.impl("rk_initial_norms", rk_initial_norms_cuda);
+  m.impl("rk_combine", rk_combine_cuda);
+  m.impl("probe_keys", probe_keys_cuda);
+  m.impl("probe_sample", probe_sample_cuda);
+}
+
+}  // namespace pycnf

@@ -1,0 +1,124 @@
+"""Typed face of `torch.ops.pycnf`: which ops exist, where they run compiled, and their fakes.
+
+Schemas and the meaning of every argument stand in csrc/torch/schema.cpp. A dtype or device without a kernel is served by
+`pycnf.reference`, so a caller asks `kernels(y)` once and uses what it gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycnf import _C, reference
+
+OPS = (
+    "rk_stage",
+    "rk_finish",
+    "rk_interpolate",
+    "rk_initial_norms",
+    "rk_combine",
+    "probe_keys",
+    "probe_sample",
+)
+
+_compiled = SimpleNamespace(**{name: getattr(torch.ops.pycnf, name).default for name in OPS})
+_DTYPES = (torch.float32, torch.float64)
+_DEVICES = ("cpu", "cuda") if _C.with_cuda else ("cpu",)
+
+
+def has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the compiled ops serve this dtype on this device."""
+    return dtype in _DTYPES and device.type in _DEVICES
+
+
+def kernels(y: Tensor) -> Any:
+    """The ops for states like y: compiled ones, or `pycnf.reference` with the same names."""
+    return _compiled if has_kernels(y.dtype, y.device) else reference
+
+
+def probe_keys(x: Tensor) -> Tensor:
+    """One int64 key per row of x [B, ...], a hash of the row's own values in x's dtype.
+
+    Equal rows have equal keys, whatever the batch around them; -0 counts as 0.
+
+    Example:
+        >>> probe_keys(torch.zeros(2, 3)).shape
+        torch.Size([2])
+    """
+    return kernels(x).probe_keys(x)
+
+
+def probe_sample(
+    keys: Tensor, seed: int, probes: int, features: int, *, noise: str, dtype: torch.dtype
+) -> Tensor:
+    """Random probes [probes, B, features], a function of (seed, key, probe, feature) alone.
+
+    Args:
+        keys: int64 [B].
+        seed: any 64-bit integer.
+        probes: K, the number of probes.
+        features: D, the values of a probe.
+        noise: "rademacher" (-1 or 1, equal on every device) or "gaussian" (equal to rounding).
+        dtype: of the result.
+
+    Raises:
+        ValueError: noise is neither.
+
+    Source: Philox4x32-10, Salmon et al. (SC 2011); Box and Muller (1958).
+
+    Example:
+        >>> probe_sample(torch.tensor([7]), 0, 1, 4, noise="rademacher", dtype=torch.float32).abs()
+        tensor([[[1., 1., 1., 1.]]])
+    """
+    if noise not in ("rademacher", "gaussian"):
+        raise ValueError(f'noise must be "rademacher" or "gaussian", got {noise!r}')
+    seed = int(seed) & (1 << 64) - 1
+    seed = seed - (1 << 64) if seed >= 1 << 63 else seed
+    served = _compiled if has_kernels(dtype, keys.device) else reference
+    return served.probe_sample(keys, seed, probes, features, noise == "gaussian", dtype)
+
+
+# ---- fakes: shapes and dtypes without data, for torch.compile and opcheck ------------------------
+
+
+@torch.library.register_fake("pycnf::rk_stage")
+def _(y0: Tensor, k: Tensor, flip: bool, fresh: Sequence[Tensor], weights: Any, h: float) -> Tensor:
+    return torch.empty_like(y0)
+
+
+@torch.library.register_fake("pycnf::rk_finish")
+def _(y0: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return y0.new_empty(2, dtype=torch.float64)
+
+
+@torch.library.register_fake("pycnf::rk_interpolate")
+def _(*args: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("pycnf::rk_initial_norms")
+def _(y0: Tensor, *args: Any) -> Tensor:
+    return y0.new_empty(2, dtype=torch.float64)
+
+
+@torch.library.register_fake("pycnf::rk_combine")
+def _(
+    y: Tensor, k: Sequence[Tensor], weights: Any, h: float, h_graph: Tensor | None = None
+) -> Tensor:
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("pycnf::probe_keys")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+@torch.library.register_fake("pycnf::probe_sample")
+def _(
+    keys: Tensor, seed: int, probes: int, features: int, gaussian: bool, dtype: torch.dtype
+) -> Tensor:
+    return keys.new_empty(probes, keys.shape[0], features, dtype=dtype)

@@ -1,0 +1,6 @@
+"""Solvers for ordinary differential equations with torchdiffeq's interface."""
+
+from pycnf.odeint.gradient import odeint_adjoint
+from pycnf.odeint.solve import odeint
+
+__all__ = ["odeint", "odeint_adjoint"]

@@ -1,0 +1,452 @@
+"""Adaptive methods with torchdiffeq's step sequence: it overshoots the output times and interpolates, reuses the last
+derivative of a step as the first of the next whatever the method, and evaluates stages at the end of a step just before it.
+
+Step control runs on Python floats rounded to the dtype that torchdiffeq's tensors would have; the state is touched by
+compiled ops only. As soon as something carries a graph (the state, a time, what the field returns), steps are taken by
+`differentiable_step` instead, with the same numbers.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycnf import reference
+from pycnf.odeint import rounding
+from pycnf.odeint.problem import Problem, warn_unused
+from pycnf.odeint.step_times import StepTimes
+from pycnf.odeint.stepper import Rows, differentiable_quartic, differentiable_step
+from pycnf.odeint.tableau import Tableau
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Options of step control."""
+
+    safety: float = 0.9
+    ifactor: float = 10.0
+    dfactor: float = 0.2
+    min_step: float = 0.0
+    max_step: float = math.inf
+    max_num_steps: int = 2**31 - 1
+
+
+@dataclass
+class Accepted:
+    """What the exact gradient needs to know of an accepted step.
+
+    Attributes:
+        s0, s1, ds: start, end and size of the step, in ascending time.
+        y: state at the start.
+        f: derivative at the start, if it is no value of the field at (f_time, y).
+        f_time: where the derivative at the start was evaluated, if it was at y.
+        clipped: the end was given by `step_t` or `jump_t`, so the size depends on the start.
+        outputs: range of output times that this step interpolates.
+    """
+
+    s0: float
+    s1: float
+    ds: float
+    y: Tensor
+    f: Tensor | None
+    f_time: float | None
+    clipped: bool
+    outputs: range = range(0)
+
+
+def _tolerance(value: Any, dtype: torch.dtype, y0: Tensor) -> Tensor:
+    """float64: 0-dim for one number, else one value per value of the state."""
+    tolerance = torch.as_tensor(value, dtype=dtype).double()
+    if tolerance.dim() == 0:
+        return tolerance.cpu()
+    return tolerance.to(y0.device).expand(y0.shape).contiguous()
+
+
+class AdaptiveSolver:
+    """One solve; see the module.
+
+    Args:
+        tape: receives every accepted step.
+        unused: options that the method does not have.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        tableau: Tableau,
+        name: str,
+        tape: list[Accepted] | None = None,
+        *,
+        first_step: Any = None,
+        step_t: Any = None,
+        jump_t: Any = None,
+        dtype: torch.dtype = torch.float64,
+        safety: float = 0.9,
+        ifactor: float = 10.0,
+        dfactor: float = 0.2,
+        min_step: float = 0.0,
+        max_step: float = math.inf,
+        max_num_steps: int = 2**31 - 1,
+        **unused: Any,
+    ) -> None:
+        warn_unused(name, unused)
+        y0 = problem.y0
+        self.problem, self.tableau, self.tape = problem, tableau, tape
+        self.dtype = torch.promote_types(dtype, rounding.real_dtype(y0.dtype))
+        self.round = rounding.rounding(self.dtype)
+        self.round_state = rounding.rounding(rounding.real_dtype(y0.dtype))
+        numbers = (safety, ifactor, dfactor, min_step, max_step)
+        self.limits = Limits(*(self.round(float(x)) for x in numbers), int(max_num_steps))
+        self.first_step = first_step
+        self.stops = {"step_t": step_t, "jump_t": jump_t}
+        segments = problem.segments()
+        self.own_norm = segments is not None
+        self.rows = Rows(
+            tableau,
+            y0,
+            segments or [],
+            _tolerance(problem.rtol, self.dtype, y0),
+            _tolerance(problem.atol, self.dtype, y0),
+        )
+        self.y, self.f_graph = y0, None
+        self.s, self.s_graph = 0.0, None
+        self.ds, self.ds_graph = 0.0, None
+        self.f_time: float | None = None
+        self.finite = True
+
+    # ---- the solve -------------------------------------------------------------------------------
+
+    def integrate(self) -> Tensor:
+        """States at the output times, [T, *y0.shape]."""
+        times = self.problem.s.to(self.dtype)
+        self._start(times)
+        values = times.tolist()
+        y0 = self.problem.y0
+        solution = torch.empty((len(values), *y0.shape), dtype=y0.dtype, device=y0.device)
+        solution[0] = y0
+        graph = y0.requires_grad and torch.is_grad_enabled()
+        pieces = [y0[None] if graph else solution[:1]]
+        done = 1
+        taken = 0
+        while done < len(values):
+            if values[done] <= self.s:
+                # Only where distinct times round to one: no step has been taken yet.
+                solution[done] = y0
+                pieces.append(solution[done : done + 1])
+                done += 1
+                continue
+            limit = self.limits.max_num_steps
+            assert taken < limit, f"max_num_steps exceeded ({taken}>={limit})"
+            step = self._attempt()
+            taken += 1
+            if step is None:
+                continue
+            end = bisect.bisect_right(values, step.times.end, lo=done)
+            if end > done:
+                outputs, has_graph = self._outputs(step, times, done, end, solution)
+                graph = graph or has_graph
+                pieces.append(outputs)
+                taken = 0
+                if self.tape is not None:
+                    self.tape[-1].outputs = range(done, end)
+                done = end
+            self._advance(step)
+        return torch.cat(pieces) if graph else solution
+
+    def keep_start(self) -> None:
+        """Makes the tape independent of the caller's y0."""
+        if self.tape:
+            self.tape[0].y = self.tape[0].y.clone()
+
+    def _start(self, times: Tensor) -> None:
+        problem = self.problem
+        y0 = problem.y0
+        self.s = times[0].item()
+        if times.requires_grad and torch.is_grad_enabled():
+            self.s_graph = times[0]
+        start = self._times(self.s, 0.0, None)
+        self.f_time = self.round_state(self.s)
+        fresh = problem.call(start.at(self.f_time), y0)
+        self.rows.store(0, fresh)
+        grad = torch.is_grad_enabled()
+        if grad and any(part.requires_grad for part in fresh):
+            self.f_graph = problem.as_state(fresh, y0)
+        if self.first_step is not None:
+            first = torch.as_tensor(self.first_step, dtype=self.dtype)
+        elif grad or not self.own_norm:
+            f0 = self.rows.row(0).view_as(y0) if self.f_graph is None else self.f_graph
+            first = self._initial_step_by_tensors(f0)
+        else:
+            first = torch.tensor(self._initial_step(), dtype=self.dtype)
+        self.ds = first.item()
+        self.ds_graph = first if grad and first.requires_grad else None
+        self.finite = bool(torch.isfinite(y0).all())
+        self._sort_stops()
+
+    def _sort_stops(self) -> None:
+        """Grid points and discontinuities after the start, ascending, and the next of each."""
+        stops = {}
+        for name, given in self.stops.items():
+            values = [] if given is None else torch.as_tensor(given, dtype=self.dtype).tolist()
+            stops[name] = sorted(value for value in values if value >= self.s)
+        together = stops["step_t"] + stops["jump_t"]
+        if len(set(together)) < len(together):
+            raise ValueError(
+                "`step_t` and `jump_t` must not have any repeated elements between them."
+            )
+        self.stops = stops
+        self.next_stop = {
+            name: min(bisect.bisect(values, self.s), len(values) - 1)
+            for name, values in stops.items()
+        }
+
+    def _initial_step(self) -> float:
+        """Hairer, Norsett & Wanner, Solving ODEs I, II.4, in the rounding of torchdiffeq's tensors."""
+        problem, rows = self.problem, self.rows
+        y0, f0 = problem.y0, rows.row(0)
+        plain = rows.rtol.dim() == 0 and rows.atol.dim() == 0
+        r = self.round_state if plain else float
+        d0, d1 = (r(norm) for norm in rows.initial_norms(y0, f0))
+        h0 = r(1e-6) if d0 < 1e-5 or d1 < 1e-5 else r(r(r(0.01) * d0) / d1)
+        y1 = rows.ops.rk_combine(y0, [f0], [1.0], problem.sign * h0)
+        at = self.round_state(self.round(self.s + h0))
+        fresh = problem.call(self._times(self.s, 0.0, None).at(at), y1)
+        f1 = problem.as_state(fresh, y0).contiguous()
+        d2 = r(r(rows.initial_norms(y0, f0, f1)[0]) / h0)
+        if d1 <= 1e-15 and d2 <= 1e-15:
+            h1 = max(r(1e-6), r(h0 * r(1e-3)))
+        else:
+            h1 = r(_power(r(r(0.01) / max(d1, d2)), r(1.0 / self.tableau.order)))
+        return min(r(100 * h0), h1) if h1 == h1 else h1
+
+    def _initial_step_by_tensors(self, f0: Tensor) -> Tensor:
+        """The same with its graph, and for norms that only their own code can compute."""
+        problem, rows = self.problem, self.rows
+        y0 = problem.y0
+        norm = problem.norm_of
+        scale = rows.atol + y0.abs() * rows.rtol
+        d0, d1 = abs(norm(y0 / scale)), abs(norm(f0 / scale))
+        tiny = torch.tensor(1e-6, dtype=rounding.real_dtype(y0.dtype), device=y0.device)
+        h0 = tiny if d0 < 1e-5 or d1 < 1e-5 else abs(0.01 * d0 / d1)
+        y1 = y0 + problem.sign * h0 * f0
+        s = self.s if self.s_graph is None else self.s_graph
+        t1 = problem.sign * (torch.as_tensor(s, dtype=self.dtype, device=y0.device) + h0)
+        f1 = problem.as_state(problem.call(t1.to(rounding.real_dtype(y0.dtype)), y1), y0)
+        d2 = abs(norm((f1 - f0) / scale) / h0)
+        if d1 <= 1e-15 and d2 <= 1e-15:
+            h1 = torch.max(tiny, h0 * 1e-3)
+        else:
+            h1 = (0.01 / max(d1, d2)) ** (1.0 / float(self.tableau.order))
+        return torch.min(100 * h0, abs(h1)).to(self.dtype)
+
+    # ---- one attempt -----------------------------------------------------------------------------
+
+    def _attempt(self) -> Step | None:
+        """Tries a step of size ds from s; the step if it is accepted. Sets the size of the next attempt."""
+        limits, round_ = self.limits, self.round
+        if not math.isfinite(self.ds):
+            self.ds, self.ds_graph = limits.min_step, None
+        ds, ds_graph = self.ds, self.ds_graph
+        if not limits.min_step <= ds <= limits.max_step:
+            ds = min(max(ds, limits.min_step), limits.max_step)
+            ds_graph = None
+        problem = self.problem
+        s0, y0 = self.s, self.y
+        if problem.callbacks:
+            problem.notify("callback_step", s0, y0, ds, self.dtype)
+            self.finite = bool(torch.isfinite(y0).all())
+        s1 = round_(s0 + ds)
+        assert s1 > s0, f"underflow in dt {ds}"
+        assert self.finite, f"non-finite values in state `y`: {y0}"
+        stop = None
+        for name, values in self.stops.items():
+            # Both are looked at with the step as it was wished; a jump wins.
+            if values and s0 < values[self.next_stop[name]] < round_(s0 + ds):
+                stop = name
+                s1 = values[self.next_stop[name]]
+                ds = round_(s1 - s0)
+                ds_graph = None
+        step = self._take(y0, self._times(s1, ds, ds_graph, stop is not None), stop)
+        error = self._error(step)
+        accepted = error <= 1 and ds <= limits.max_step or ds <= limits.min_step
+        if accepted:
+            problem.notify("callback_accept_step", s0, y0, ds, self.dtype)
+            if self.tape is not None:
+                reusable = self.f_time is not None
+                f0 = None if reusable else self.rows.row(0).clone()
+                self.tape.append(
+                    Accepted(s0, s1, ds, y0, f0, self.f_time, stop is not None)
+                )
+        else:
+            problem.notify("callback_reject_step", s0, y0, ds, self.dtype)
+        self.ds, self.ds_graph = self._next_size(ds, error), None
+        return step if accepted else None
+
+    def _times(
+        self, s1: float, ds: float, ds_graph: Tensor | None, fixed_end: bool = False
+    ) -> StepTimes:
+        return StepTimes(
+            self.problem, self.tableau.c, self.s, s1, ds, self.s_graph, ds_graph, fixed_end
+        )
+
+    def _take(self, y0: Tensor, times: StepTimes, stop: str | None) -> Step:
+        """Evaluates the stages, compiled for as long as nothing carries a graph."""
+        problem, rows, h = self.problem, self.rows, times.h
+        step = Step(y0, times, stop)
+        graph = torch.is_grad_enabled() and (
+            y0.requires_grad
+            or self.f_graph is not None
+            or times.has_graph
+        )
+        if graph:
+            f0 = self.f_graph
+            f0 = rows.row(0).clone().view_as(y0) if f0 is None else f0
+            return self._differentiate(step, [f0])
+        watch = torch.is_grad_enabled()
+        fresh: Sequence[Tensor] = []
+        y = y0
+        for stage in range(1, self.tableau.stages):
+            y = rows.stage(y0, stage, fresh, h)
+            fresh = problem.call(times.stage(stage), y)
+            if watch and any(part.requires_grad for part in fresh):
+                done = [rows.row(i).clone().view_as(y0) for i in range(stage)]
+                return self._differentiate(step, [*done, problem.as_state(fresh, y0)], y)
+        ratio = None if self.own_norm else torch.empty_like(y0)
+        step.y1, step.stats = rows.finish(y0, y, fresh, h, ratio)
+        step.ratio = ratio
+        return step
+
+    def _differentiate(self, step: Step, k: list[Tensor], y: Tensor | None = None) -> Step:
+        """The rest of a step, from the stages in `k` on, with a graph; y is the state of the newest."""
+        if len(k) == self.tableau.stages and self.tableau.solution_is_last_stage:
+            step.k, step.y1, step.h_graph = k, y, None
+        else:
+            self._evaluate(step, k)
+        for stage in range(1, self.tableau.stages):
+            self.rows.store(stage, [step.k[stage]])
+        step.ratio = None if self.own_norm else torch.empty_like(step.y0)
+        step.stats = self.rows.error_norm(
+            step.y0.detach(), step.y1.detach(), step.times.h, step.ratio
+        )
+        return step
+
+    def _evaluate(self, step: Step, k: list[Tensor]) -> None:
+        """The stages that `k` lacks and the solution, with their graph."""
+
+        def field(stage: int, state: Tensor) -> Tensor:
+            fresh = self.problem.call(step.times.stage(stage), state)
+            return self.problem.as_state(fresh, step.y0)
+
+        step.k, step.h_graph = k, step.times.h_graph
+        step.y1 = differentiable_step(
+            self.tableau, field, step.y0, k, step.times.h, step.h_graph
+        )
+
+    def _error(self, step: Step) -> float:
+        norm, finite = step.stats.tolist()
+        step.finite = finite != 0
+        if step.ratio is None:
+            return self.round_state(norm)
+        return float(abs(self.problem.norm_of(step.ratio)))
+
+    def _next_size(self, ds: float, error: float) -> float:
+        """An I controller that never shrinks an accepted step."""
+        limits, round_ = self.limits, self.round
+        if error == 0:
+            size = round_(ds * limits.ifactor)
+        elif error != error:
+            return math.nan
+        else:
+            dfactor = 1.0 if error < 1 else limits.dfactor
+            power = round_(_power(round_(error), round_(1.0 / self.tableau.order)))
+            factor = min(limits.ifactor, max(round_(limits.safety / power), dfactor))
+            size = round_(ds * factor)
+        return min(max(size, limits.min_step), limits.max_step)
+
+    # ---- after an accepted step ------------------------------------------------------------------
+
+    def _outputs(
+        self, step: Step, times: Tensor, begin: int, end: int, solution: Tensor
+    ) -> tuple[Tensor, bool]:
+        """States at output times within the step, and whether they carry a graph."""
+        graph_times = torch.is_grad_enabled() and (times.requires_grad or step.times.has_graph)
+        if step.k is None and not graph_times:
+            out = solution[begin:end]
+            x = [step.times.point(value) for value in times[begin:end].tolist()]
+            self.rows.interpolate(step.y0, step.y1, step.times.h, x, out)
+            return out, False
+        if step.k is None:
+            stages = range(self.tableau.stages)
+            step.k = [self.rows.row(i).clone().view_as(step.y0) for i in stages]
+        return self.interpolate_with_graph(step, times[begin:end]), True
+
+    def interpolate_with_graph(self, step: Step, outputs: Tensor) -> Tensor:
+        """States at output times within a step that has `k`, [len(outputs), ...], with their graph."""
+        coefficients = differentiable_quartic(
+            self.tableau, step.y0, step.y1, step.k, step.times.h, step.h_graph
+        )
+        points = step.times.points(outputs)
+        return torch.stack([reference.evaluate_quartic(coefficients, x) for x in points])
+
+    def replay(self, accepted: Accepted, y0: Tensor, f0: Tensor | None, s0: Tensor | None) -> Step:
+        """An accepted step again, with a graph from y0, from f0 if that was kept, and from its start s0 if given."""
+        times = StepTimes(
+            self.problem, self.tableau.c, accepted.s0, accepted.s1, accepted.ds, s0, None,
+            accepted.clipped,
+        )  # fmt: skip
+        if f0 is None:
+            f0 = self.problem.as_state(self.problem.call(times.at(accepted.f_time), y0), y0)
+        step = Step(y0, times)
+        self._evaluate(step, [f0])
+        return step
+
+    def _advance(self, step: Step) -> None:
+        """Makes the end of the step the start of the next."""
+        self.rows.advance()
+        self.f_graph = step.k[-1] if step.k is not None and step.k[-1].requires_grad else None
+        times = step.times
+        self.s, self.s_graph = times.end, times.end_graph
+        self.y, self.finite = step.y1, step.finite
+        self.f_time = None
+        if self.tableau.solution_is_last_stage:
+            self.f_time = rounding.before(self.round_state(self.s), times.dtype)
+        if step.stop is not None:
+            values = self.stops[step.stop]
+            if self.next_stop[step.stop] != len(values) - 1:
+                self.next_stop[step.stop] += 1
+        if step.stop == "jump_t":
+            # f on the far side of the discontinuity.
+            self.f_time = rounding.after(self.round_state(self.s), times.dtype)
+            at = self._times(self.s, 0.0, None).at(self.f_time)
+            fresh = self.problem.call(at, self.y)
+            self.rows.store(0, fresh)
+            graph = torch.is_grad_enabled() and any(part.requires_grad for part in fresh)
+            self.f_graph = self.problem.as_state(fresh, self.y) if graph else None
+
+
+@dataclass
+class Step:
+    """A step that has been evaluated; `k` and `h_graph` only if it was with a graph."""
+
+    y0: Tensor
+    times: StepTimes
+    stop: str | None = None
+    y1: Tensor | None = None
+    stats: Tensor | None = None
+    ratio: Tensor | None = None
+    finite: bool = True
+    k: list[Tensor] | None = None
+    h_graph: Tensor | None = None
+
+
+def _power(base: float, exponent: float) -> float:
+    """base ** exponent with infinities in place of errors."""
+    if base == 0:
+        return 0.0
+    return math.inf if math.isinf(base) else base**exponent

@@ -1,0 +1,270 @@
+"""Explicit methods on a given grid, with torchdiffeq's grids, perturbed times and interpolation.
+
+Steps run compiled for as long as state, slopes and times agree in dtype and shape and carry no graph; what torchdiffeq
+leaves to type promotion (a 0-dim state that drifts to the dtype of t, slopes in another dtype, slopes that broadcast) is
+left to it here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycnf._ops import has_kernels
+from pycnf.odeint import rounding
+from pycnf.odeint.norms import flat_to_shapes
+from pycnf.odeint.problem import Problem, warn_unused
+from pycnf.odeint.stepper import Rows, combine
+from pycnf.odeint.tableau import Tableau
+
+
+class FixedGridSolver:
+    """One solve; see the module.
+
+    Args:
+        tape: receives the state at the start of every step.
+        unused: options that the method does not have.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        tableau: Tableau,
+        name: str,
+        tape: list[Tensor] | None = None,
+        *,
+        step_size: Any = None,
+        grid_constructor: Callable | None = None,
+        interp: str = "linear",
+        perturb: bool = False,
+        **unused: Any,
+    ) -> None:
+        warn_unused(name, unused)
+        if step_size is not None and grid_constructor is not None:
+            raise ValueError("step_size and grid_constructor are mutually exclusive arguments.")
+        self.problem, self.tableau, self.tape = problem, tableau, tape
+        self.step_size, self.grid_constructor = step_size, grid_constructor
+        self.interp, self.perturb = interp, perturb
+        self.rows: Rows | None = None
+
+    def grid(self, s: Tensor) -> Tensor:
+        """The times between which steps are taken, ascending, with their graph."""
+        problem = self.problem
+        if self.step_size is not None:
+            count = torch.ceil((s[-1] - s[0]) / self.step_size + 1).item()
+            grid = torch.arange(0, count, dtype=s.dtype, device=s.device) * self.step_size + s[0]
+            return torch.cat([grid[:-1], s[-1:]])
+        if self.grid_constructor is None:
+            return s
+        if problem.sign < 0:
+            return -self.grid_constructor(self._field, problem.y0, -s)
+        return self.grid_constructor(self._field, problem.y0, s)
+
+    def _field(self, s: Tensor, y: Tensor) -> Tensor:
+        """The field in ascending time, for grid constructors that want to look at it."""
+        problem = self.problem
+        if problem.shapes is None:
+            return problem.sign * problem.func(problem.sign * s, y)
+        parts = problem.func(problem.sign * s, flat_to_shapes(y, problem.shapes))
+        return problem.sign * torch.cat([part.reshape(-1) for part in parts])
+
+    def integrate(self, grid: Tensor | None = None) -> Tensor:
+        """States at the output times, [T, *y0.shape]."""
+        problem = self.problem
+        s, y0 = problem.s, problem.y0
+        grid = self.grid(s) if grid is None else grid
+        assert grid[0] == s[0] and grid[-1] == s[-1]
+        values, outputs = grid.tolist(), s.tolist()
+        graph = torch.is_grad_enabled() and (grid.requires_grad or s.requires_grad)
+        pieces: list[Tensor] = [y0]
+        y = y0
+        for i in range(len(values) - 1):
+            ends = (values[i], values[i + 1])
+            ends_graph = (grid[i], grid[i + 1]) if graph else None
+            ds = rounding.rounding(s.dtype)(ends[1] - ends[0])
+            problem.notify("callback_step", ends[0], y, ds, s.dtype)
+            if self.tape is not None:
+                self.tape.append(y)
+            y1, f0 = self._step(y, ends, ends_graph)
+            while len(pieces) < len(outputs) and ends[1] >= outputs[len(pieces)]:
+                at = s[len(pieces)]
+                pieces.append(self._interpolate(y, y1, f0, ends, ends_graph, at))
+            y = y1
+        return torch.stack([piece.to(y0.dtype) for piece in pieces])
+
+    def keep_start(self) -> None:
+        """Makes the tape independent of the caller's y0."""
+        if self.tape:
+            self.tape[0] = self.tape[0].clone()
+
+    def replay(
+        self,
+        y0: Tensor,
+        ends: tuple[float, float],
+        ends_graph: tuple[Tensor, Tensor] | None,
+        outputs: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """A step again with its graph: its end, and the states at output times [n] within it."""
+        y1, f0 = self._step(y0, ends, ends_graph)
+        shown = [self._interpolate(y0, y1, f0, ends, ends_graph, at) for at in outputs.unbind()]
+        return y1, [state.to(self.problem.y0.dtype) for state in shown]
+
+    # ---- one step --------------------------------------------------------------------------------
+
+    def _step(
+        self,
+        y0: Tensor,
+        ends: tuple[float, float],
+        ends_graph: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The state after a step, and the slope at its start.
+
+        Args:
+            ends: start and end in ascending time; ends_graph: the same as 0-dim tensors if they carry a graph.
+        """
+        problem, tableau = self.problem, self.tableau
+        fresh = problem_call(problem, self._stage_time(y0, 0, ends, ends_graph), y0)
+        h = problem.sign * rounding.rounding(problem.s.dtype)(ends[1] - ends[0])
+        if not self._runs_compiled(y0, fresh, ends_graph):
+            return self._differentiable_step(y0, fresh, ends, ends_graph)
+        if self.rows is None:
+            self.rows = Rows(tableau, y0)
+        rows = self.rows
+        first = None
+        if self.interp == "cubic":
+            first = problem.as_state(fresh, y0).clone()
+        for stage in range(1, tableau.stages):
+            y = rows.stage(y0, stage, fresh, h)
+            fresh = problem_call(problem, self._stage_time(y0, stage, ends, None), y)
+            if not self._runs_compiled(y0, fresh, None):
+                done = [[rows.row(j).clone().view_as(y0)] for j in range(stage)]
+                return self._differentiable_step(y0, fresh, ends, None, done)
+        return rows.solve(y0, fresh, h), first
+
+    def _runs_compiled(
+        self, y0: Tensor, fresh: list[Tensor], ends_graph: tuple[Tensor, Tensor] | None
+    ) -> bool:
+        if not has_kernels(y0.dtype, y0.device) or ends_graph is not None:
+            return False
+        if y0.dim() == 0 and self.problem.s.dtype != y0.dtype:
+            return False
+        if self.problem.shapes is None and fresh[0].shape != y0.shape:
+            return False
+        if any(part.dtype != y0.dtype for part in fresh):
+            return False
+        return not torch.is_grad_enabled() or not (
+            y0.requires_grad or any(part.requires_grad for part in fresh)
+        )
+
+    def _differentiable_step(
+        self,
+        y0: Tensor,
+        fresh: list[Tensor],
+        ends: tuple[float, float],
+        ends_graph: tuple[Tensor, Tensor] | None,
+        done: list[list[Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The rest of a step from its newest slope on, with whatever graph and dtypes come up."""
+        problem, tableau = self.problem, self.tableau
+        slopes = [*(done or []), fresh]
+        k = [join(problem, slope) for slope in slopes]
+        for stage in range(len(k), tableau.stages):
+            y = self._weighted(y0, k, tableau.a[stage], ends, ends_graph)
+            at = self._stage_time(y, stage, ends, ends_graph)
+            k.append(join(problem, problem_call(problem, at, y)))
+        return self._weighted(y0, k, tableau.b, ends, ends_graph), k[0]
+
+    def _weighted(
+        self,
+        y0: Tensor,
+        k: list[Tensor],
+        weights: list[float],
+        ends: tuple[float, float],
+        ends_graph: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """y0 + h Σ wⱼ kⱼ, by the op where dtypes and shapes agree, by promotion where not."""
+        sign, dtype = self.problem.sign, self.problem.s.dtype
+        h = sign * rounding.rounding(dtype)(ends[1] - ends[0])
+        h_graph = None if ends_graph is None else sign * (ends_graph[1] - ends_graph[0])
+        plain = y0.dim() == 0 and dtype != y0.dtype
+        if not plain and all(row.dtype == y0.dtype and row.shape == y0.shape for row in k):
+            real = rounding.real_dtype(y0.dtype)
+            return combine(y0, k, weights, h, None if h_graph is None else h_graph.to(real))
+        step = torch.tensor(h, dtype=dtype, device=y0.device) if h_graph is None else h_graph
+        total = sum(weight * row for weight, row in zip(weights, k) if weight != 0)
+        return y0 + step * total
+
+    def _stage_time(
+        self,
+        y: Tensor,
+        stage: int,
+        ends: tuple[float, float],
+        ends_graph: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """The time that the field is given at a stage: 0-dim, in y's real dtype."""
+        problem, c = self.problem, self.tableau.c[stage]
+        dtype = rounding.real_dtype(y.dtype)
+        round_ = rounding.rounding(problem.s.dtype)
+        s = ends[1] if c == 1.0 else round_(ends[0] + round_(c * round_(ends[1] - ends[0])))
+        s = rounding.rounding(dtype)(s)
+        if self.perturb and stage == 0:
+            s = rounding.after(s, dtype)
+        elif self.perturb and c == 1.0:
+            s = rounding.before(s, dtype)
+        value = torch.full((), problem.sign * s, dtype=dtype, device=y.device)
+        if ends_graph is None:
+            return value
+        graph = problem.sign * (ends_graph[0] + c * (ends_graph[1] - ends_graph[0])).to(dtype)
+        return graph + (value - graph).detach()
+
+    # ---- between grid points ---------------------------------------------------------------------
+
+    def _interpolate(
+        self,
+        y0: Tensor,
+        y1: Tensor,
+        f0: Tensor | None,
+        ends: tuple[float, float],
+        ends_graph: tuple[Tensor, Tensor] | None,
+        at: Tensor,
+    ) -> Tensor:
+        """The state at an output time within the step from y0 to y1."""
+        start, end = (
+            (torch.full_like(at, end) for end in ends) if ends_graph is None else ends_graph
+        )
+        if self.interp == "linear":
+            if at.item() == ends[0]:
+                return y0
+            if at.item() == ends[1]:
+                return y1
+            return y0 + (at - start) / (end - start) * (y1 - y0)
+        if self.interp != "cubic":
+            raise ValueError(f"Unknown interpolation method {self.interp}")
+        problem = self.problem
+        dtype = rounding.real_dtype(y1.dtype)
+        f1 = join(problem, problem_call(problem, (problem.sign * end).to(dtype), y1))
+        return cubic_hermite(y0, y1, f0, f1, problem.sign * (end - start), (at - start) / (end - start))
+
+
+def cubic_hermite(y0: Tensor, y1: Tensor, f0: Tensor, f1: Tensor, h: Tensor, x: Tensor) -> Tensor:
+    """The cubic through both ends and both slopes of a step of size h, at x in [0, 1]."""
+    start, start_slope = (1 + 2 * x) * (1 - x) * (1 - x), x * (1 - x) * (1 - x)
+    end, end_slope = x * x * (3 - 2 * x), x * x * (x - 1)
+    return start * y0 + start_slope * h * f0 + end * y1 + end_slope * h * f1
+
+
+def problem_call(problem: Problem, t: Tensor, y: Tensor) -> list[Tensor]:
+    """The field as it came; unlike in adaptive methods it may broadcast against the state."""
+    if problem.shapes is None:
+        return [problem.func(t, y)]
+    return problem.call(t, y)
+
+
+def join(problem: Problem, fresh: list[Tensor]) -> Tensor:
+    """One tensor out of the parts of a tuple, in the dtype that they came in."""
+    if problem.shapes is None:
+        return fresh[0]
+    return torch.cat([part.reshape(-1) for part in fresh])

@@ -1,0 +1,172 @@
+"""The arguments of `odeint`, checked and brought to one form: a contiguous state, ascending times, one call for the field.
+
+Time runs forward in s = sign * t. A descending problem is not wrapped: the solvers step with h = sign * ds, which gives the
+same numbers as negating the field's values. Texts of errors and warnings are torchdiffeq's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from pycnf.odeint.norms import MixedNorm, RmsNorm, flat_to_shapes, segments_of
+
+CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+
+
+@dataclass
+class Problem:
+    """An initial value problem.
+
+    Attributes:
+        func: the user's vector field.
+        y0: state, contiguous; flat [N] for a tuple state.
+        shapes: of the parts of a tuple state, None for a tensor state.
+        s: times [T], ascending, on y0's device.
+        sign: 1, or -1 for descending t.
+        rtol, atol: a number or a tensor.
+        norm: as the user sees it: of a tensor, or of a tuple of tensors.
+        callbacks: by name, those that func has.
+    """
+
+    func: Callable
+    y0: Tensor
+    shapes: list[Size] | None
+    s: Tensor
+    sign: int
+    rtol: Any
+    atol: Any
+    method: str
+    options: dict[str, Any]
+    norm: Callable
+    callbacks: dict[str, Callable]
+
+    def call(self, t: Tensor, y: Tensor) -> list[Tensor]:
+        """The field at (t, y), as it came: one tensor, or the parts of a tuple."""
+        if self.shapes is None:
+            f = self.func(t, y)
+            if f.shape != y.shape and not (f.numel() == y.numel() == 1):
+                raise ValueError(
+                    f"func must return the shape of its state, {tuple(y.shape)}, got {tuple(f.shape)}"
+                )
+            return [f]
+        return list(self.func(t, flat_to_shapes(y, self.shapes)))
+
+    def as_state(self, fresh: list[Tensor], y: Tensor) -> Tensor:
+        """What `call` returned as one tensor like y, with its graph."""
+        if len(fresh) == 1:
+            return fresh[0].reshape(y.shape).to(y.dtype)
+        return torch.cat([part.reshape(-1) for part in fresh]).to(y.dtype)
+
+    def norm_of(self, state: Tensor) -> Tensor:
+        """The norm of one tensor like y0."""
+        return self.norm(state if self.shapes is None else flat_to_shapes(state, self.shapes))
+
+    def segments(self) -> list[int] | None:
+        """The norm as segments for the kernels, None if only `norm_of` will do."""
+        return segments_of(self.norm, self.shapes if self.shapes is not None else [self.y0.shape])
+
+    def notify(self, name: str, s: float, y: Tensor, ds: float, dtype: torch.dtype) -> None:
+        """Calls a callback, if func has it, with (t, y, dt): t as the user counts it, dt positive, y live."""
+        callback = self.callbacks.get(name)
+        if callback is not None:
+            state = y if self.shapes is None else flat_to_shapes(y, self.shapes)
+            t, dt = (torch.tensor(v, dtype=dtype, device=y.device) for v in (self.sign * s, ds))
+            callback(t, state, dt)
+
+    def shaped(self, solution: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Solutions [T, ...] as the user's state: a tensor, or a tuple of views."""
+        if self.shapes is None:
+            return solution
+        return flat_to_shapes(solution, self.shapes, (solution.shape[0],))
+
+
+def make_problem(
+    func: Callable,
+    y0: Tensor | tuple[Tensor, ...],
+    t: Tensor,
+    rtol: Any,
+    atol: Any,
+    method: str | None,
+    options: dict[str, Any] | None,
+    solvers: dict[str, Any],
+) -> Problem:
+    """Checks the arguments in torchdiffeq's order.
+
+    Raises:
+        AssertionError, TypeError, ValueError: with torchdiffeq's texts.
+    """
+    shapes = None
+    norm: Callable = RmsNorm()
+    if not isinstance(y0, Tensor):
+        assert isinstance(y0, tuple), "y0 must be either a torch.Tensor or a tuple"
+        shapes = [part.shape for part in y0]
+        rtol, atol = _tuple_tolerance("rtol", rtol, shapes), _tuple_tolerance("atol", atol, shapes)
+        y0 = torch.cat([part.reshape(-1) for part in y0])
+        norm = MixedNorm()
+    options = {} if options is None else dict(options)
+    method = "dopri5" if method is None else method
+    if method not in solvers:
+        names = '{"' + '", "'.join(solvers) + '"}'
+        raise ValueError(f'Invalid method "{method}". Must be one of {names}.')
+    norm = options.pop("norm", norm)
+    _check_times(t)
+    sign = -1 if len(t) > 1 and t[0] > t[1] else 1
+    s = t
+    if sign < 0:
+        s = -t
+        for name in ("step_t", "jump_t"):
+            if isinstance(options.get(name), Tensor):
+                options[name] = -options[name]
+    assert (s[1:] > s[:-1]).all(), "t must be strictly increasing or decreasing"
+    for name, tolerance in (("rtol", rtol), ("atol", atol)):
+        if isinstance(tolerance, Tensor):
+            assert not tolerance.requires_grad, f"{name} cannot require gradient"
+    if s.device != y0.device:
+        warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=3)
+        s = s.to(y0.device)
+    callbacks = {name: getattr(func, name) for name in CALLBACKS if hasattr(func, name)}
+    unsupported = set(callbacks) - solvers[method].callbacks
+    if unsupported:
+        warnings.warn(
+            f"Solver '{method}' does not support callbacks {unsupported}", stacklevel=3
+        )
+    callbacks = {name: callbacks[name] for name in callbacks if name not in unsupported}
+    return Problem(
+        func, y0.contiguous(), shapes, s, sign, rtol, atol, method, options, norm, callbacks
+    )
+
+
+def _tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:
+    """A tolerance per part, spread over the values of the state; anything not iterable is left alone."""
+    try:
+        iter(tolerance)
+    except TypeError:
+        return tolerance
+    tolerance = tuple(tolerance)
+    assert len(tolerance) == len(shapes), (
+        f"If using tupled {name} it must have the same length as the tuple y0"
+    )
+    return torch.cat(
+        [torch.as_tensor(each).expand(shape.numel()) for each, shape in zip(tolerance, shapes)]
+    )
+
+
+def _check_times(t: Tensor) -> None:
+    assert isinstance(t, Tensor), "t must be a torch.Tensor"
+    if not torch.is_floating_point(t):
+        raise TypeError(f"`t` must be a floating point Tensor but is a {t.type()}")
+    assert t.ndimension() == 1, "t must be one dimensional"
+    ascending = t[1:] > t[:-1]
+    assert ascending.all() or (~ascending).all(), "t must be strictly increasing or decreasing"
+
+
+def warn_unused(solver: str, unused: dict[str, Any]) -> None:
+    """torchdiffeq's warning about options that a method does not have."""
+    if unused:
+        warnings.warn(f"{solver}: Unexpected arguments {unused}", stacklevel=4)

@@ -1,0 +1,120 @@
+"""The times of one adaptive step: their values, as the field and the interpolant see them, and their graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycnf.odeint import rounding
+from pycnf.odeint.problem import Problem
+
+
+class _StageTime(torch.autograd.Function):
+    """A time with a value of its own (rounded, perturbed) and the gradient of sign * (start + c size)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, start: Tensor | None, size: Tensor | None, c: float, sign: int
+    ):
+        ctx.c, ctx.sign = c, sign
+        ctx.targets = [None if x is None else (x.device, x.dtype) for x in (start, size)]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        grad = grad * ctx.sign
+        start, size = ctx.targets
+        to_start = None if start is None else grad.to(*start)
+        to_size = None if size is None else (grad * ctx.c).to(*size)
+        return None, to_start, to_size, None, None
+
+
+class StepTimes:
+    """Times of a step in ascending time s.
+
+    Args:
+        problem: gives the sign of time, and the dtype and device of the state.
+        nodes: the tableau's c.
+        start, end, size: in the dtype of time.
+        start_graph, size_graph: start and size as 0-dim tensors where gradients flow to them.
+        fixed_end: the end was prescribed, so the size carries the start's gradient, and the end carries none.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        nodes: Sequence[float],
+        start: float,
+        end: float,
+        size: float,
+        start_graph: Tensor | None = None,
+        size_graph: Tensor | None = None,
+        fixed_end: bool = False,
+    ) -> None:
+        self.sign, self.device, self.nodes = problem.sign, problem.y0.device, nodes
+        self.dtype = rounding.real_dtype(problem.y0.dtype)
+        self.start, self.end, self.size = start, end, size
+        self.start_graph, self.fixed_end = start_graph, fixed_end
+        if fixed_end and start_graph is not None:
+            size_graph = end - start_graph
+        self.size_graph = size_graph
+        self.round = rounding.rounding(self.dtype)
+        self.h = self.sign * self.round(size)
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether gradients flow to any time of the step."""
+        return self.start_graph is not None or self.size_graph is not None
+
+    @property
+    def h_graph(self) -> Tensor | None:
+        """h as a 0-dim tensor in the state's real dtype, if gradients flow to it."""
+        if self.size_graph is None:
+            return None
+        return self.sign * self.size_graph.to(self.device, self.dtype)
+
+    @property
+    def end_graph(self) -> Tensor | None:
+        """The end as a 0-dim tensor, if gradients flow to it."""
+        if self.fixed_end or not self.has_graph:
+            return None
+        if self.size_graph is None:
+            return self.start_graph + self.size
+        return self.size_graph + (self.start if self.start_graph is None else self.start_graph)
+
+    def stage(self, stage: int) -> Tensor:
+        """The time that the field is given at a stage: 0-dim, in the state's real dtype.
+
+        The end of a step is approached from within, in case the field is discontinuous there.
+        """
+        c, round_ = self.nodes[stage], self.round
+        if c == 1.0:
+            s = rounding.before(round_(self.end), self.dtype)
+        else:
+            s = round_(round_(self.start) + round_(round_(c) * round_(self.size)))
+        return self.at(s, c)
+
+    def at(self, s: float, c: float = 0.0) -> Tensor:
+        """The user's time of s, with the gradient of start + c size."""
+        value = torch.full((), self.sign * s, dtype=self.dtype, device=self.device)
+        if not self.has_graph:
+            return value
+        return _StageTime.apply(value, self.start_graph, self.size_graph, c, self.sign)
+
+    def point(self, output: float) -> float:
+        """Where an output time lies in the step, from 0 to 1."""
+        start, end = self.start, self.end
+        assert start <= output <= end, (
+            f"invalid interpolation, fails `t0 <= t <= t1`: {start}, {output}, {end}"
+        )
+        return (output - start) / (end - start)
+
+    def points(self, outputs: Tensor) -> list[Tensor]:
+        """`point` of output times [n] as 0-dim tensors with their graph, in the state's real dtype."""
+        start = self.start if self.start_graph is None else self.start_graph
+        end = self.end if self.end_graph is None else self.end_graph
+        x = (outputs - start) / (end - start)
+        return list(x.to(self.device, self.dtype).unbind())
