@@ -42,11 +42,12 @@ struct Combine : torch::autograd::Function<Combine> {
     const auto terms = ctx->saved_data["terms"].toInt();
     const auto saved = ctx->get_saved_variables();
     const bool differentiable_h = !saved.empty();
-    // Inputs as autograd counts them: y, h_graph, each k, weights, h.
+    // One gradient per argument (y, h_graph, each k, weights, h), but edges are counted over the tensors alone.
+    const int64_t first_k_edge = differentiable_h ? 2 : 1;
     variable_list result(terms + 4);
     result[0] = g;
     for (int64_t j = 0; j < terms; ++j) {
-      if (!ctx->needs_input_grad(j + 2)) continue;
+      if (!ctx->needs_input_grad(first_k_edge + j)) continue;
       if (weights[j] == 0.) {
         result[j + 2] = at::zeros_like(g);
       } else if (differentiable_h) {

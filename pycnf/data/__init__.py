@@ -1,6 +1,7 @@
 """Data to train on: toy densities, digits, the user's own tables, and their preprocessing."""
 
 from .baseline import GaussianBaseline
+from .digits import BITS_PER_DIM, BITS_PER_DIM_WHERE, bits_per_dim, quantize
 from .dataset import SOURCES, Dataset, load
 from .errors import InputError, nearest
 from .streams import stream
@@ -9,6 +10,8 @@ from .toys import TOYS
 from .transforms import Logit, Preprocess, Standardize, Whiten
 
 __all__ = [
+    "BITS_PER_DIM",
+    "BITS_PER_DIM_WHERE",
     "SOURCES",
     "TOYS",
     "Dataset",
@@ -19,8 +22,10 @@ __all__ = [
     "Standardize",
     "Table",
     "Whiten",
+    "bits_per_dim",
     "load",
     "nearest",
+    "quantize",
     "read_table",
     "stream",
 ]

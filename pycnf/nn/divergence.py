@@ -9,7 +9,7 @@ from . import closed_form
 from .activation import Activation
 from .layers import Affine
 from .mlp import MLP
-from .tangents import value_and_divergence_by_hand, value_and_tangents
+from .tangents import push_forward, value_and_divergence_by_hand, value_and_tangents
 
 VectorField = Callable[..., Tensor]
 
@@ -94,11 +94,65 @@ def has_forward_mode(field: VectorField) -> bool:
     )
 
 
+def value_divergence_and_norm(
+    field: VectorField,
+    t: Tensor,
+    z: Tensor,
+    probe: Tensor | None = None,
+    context: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`value_and_divergence`, and the Jacobian's squared Frobenius norm from the same pass.
+
+    With probes the norm is the estimate (1/K) Σ_k ‖(∂f/∂z) ε_k‖² for an `MLP` (forward mode) and
+    (1/K) Σ_k ‖ε_kᵀ ∂f/∂z‖² for any other callable; both have ‖∂f/∂z‖_F² as their mean (RNODE,
+    Finlay et al. 2020). Without probes it is exact.
+
+    Returns:
+        f(t, z) [B, D], the divergence [B] and the squared norm [B].
+    """
+    if has_forward_mode(field):
+        affines = field.affines(t, z, context)
+        return mlp_value_divergence_and_norm(affines, field.activation, z, probe)
+    return _contract(*_value_and_products(field, t, z, probe, context), probe)
+
+
+def mlp_value_divergence_and_norm(
+    affines: list[Affine], activation: Activation, z: Tensor, probe: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`value_divergence_and_norm` of an `MLP` given its layers at a time."""
+    return _contract(*push_forward(affines, activation, z, probe), probe)
+
+
+def _contract(
+    value: Tensor, products: Tensor, probe: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, divergence and squared norm from the products [K, B, D] of ∂f/∂z with the probes."""
+    squares = products.square().sum(-1)
+    if probe is None:
+        return value, torch.diagonal(products, dim1=0, dim2=2).sum(-1), squares.sum(0)
+    return value, torch.linalg.vecdot(probe, products).mean(0), squares.mean(0)
+
+
 def _by_vjp(
     field: VectorField, t: Tensor, z: Tensor, probe: Tensor | None, context: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    value, products = _value_and_products(field, t, z, probe, context)
+    if probe is None:
+        return value, torch.diagonal(products, dim1=0, dim2=2).sum(-1)
+    return value, torch.linalg.vecdot(probe, products).mean(0)
+
+
+def _value_and_products(
+    field: VectorField, t: Tensor, z: Tensor, probe: Tensor | None, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """f [B, D] and ε_kᵀ ∂f/∂z [K, B, D]; for no probes, of the D unit vectors."""
     differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
+    # Inference mode would record no graph even under enable_grad, and its tensors may not enter one.
+    with torch.inference_mode(False), torch.enable_grad():
+        t, z, probe, context = (
+            x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+            for x in (t, z, probe, context)
+        )
         if not (differentiable and z.requires_grad):
             z = z.detach().requires_grad_()
         value = field(t, z) if context is None else field(t, z, context)
@@ -106,22 +160,19 @@ def _by_vjp(
             raise ValueError(
                 f"field: returned shape {tuple(value.shape)}, expected z's {tuple(z.shape)}"
             )
-        if not value.requires_grad:  # constant, or computed under no_grad inside
-            return value, z.new_zeros(z.shape[0])
         batch, features = z.shape
         if probe is None:
             unit = torch.eye(features, dtype=z.dtype, device=z.device)
             cotangents = unit.unsqueeze(1).expand(features, batch, features)
         else:
             cotangents = probe
-        products = _vjp(value, z, cotangents, differentiable)
-        if probe is None:
-            divergence = torch.diagonal(products, dim1=0, dim2=2).sum(-1)
-        else:
-            divergence = torch.linalg.vecdot(probe, products).mean(0)
+        if value.requires_grad:
+            products = _vjp(value, z, cotangents, differentiable)
+        else:  # constant, or computed under no_grad inside
+            products = torch.zeros_like(cotangents)
     if not differentiable:
-        return value.detach(), divergence.detach()
-    return value, divergence
+        return value.detach(), products.detach()
+    return value, products
 
 
 def _vjp(value: Tensor, z: Tensor, cotangents: Tensor, differentiable: bool) -> Tensor:

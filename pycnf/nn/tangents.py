@@ -33,23 +33,49 @@ def value_and_tangents(
     Returns:
         f [B, D] and the divergence [B].
     """
-    first, *rest = affines
-    if probe is None:
-        h, dots = first.value(z), first.columns()
-        if not rest:
-            diagonal = torch.diagonal(dots, dim1=0, dim2=2).sum(-1)
-            return h, diagonal.expand(z.shape[0])
-    else:
-        out = first.linear(torch.cat((z.unsqueeze(0), probe)))
-        h, dots = out[0] + first.shift, out[1:]
-    for affine in rest:
+    if probe is not None:
+        value, images = push_forward(affines, activation, z, probe)
+        return value, torch.linalg.vecdot(probe, images).mean(0)
+    a, tangents = _up_to_last(affines, activation, z, None)
+    return affines[-1].value(a), affines[-1].trace(tangents).expand(z.shape[0])
+
+
+def push_forward(
+    affines: list[Affine], activation: Activation, z: Tensor, probe: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Value and the tangents' images (∂f/∂z) ε_k, differentiable.
+
+    Args:
+        affines, activation, z: As above.
+        probe: ε [K, B, D], or None for the unit vectors, K = D.
+
+    Returns:
+        f [B, D] and the images [K, B, D].
+    """
+    a, tangents = _up_to_last(affines, activation, z, probe)
+    tangents = tangents.expand(-1, *a.shape)
+    out = affines[-1].linear(torch.cat((a.unsqueeze(0), tangents)))
+    return out[0] + affines[-1].shift, out[1:]
+
+
+def _up_to_last(
+    affines: list[Affine], activation: Activation, z: Tensor, probe: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What enters the last layer: a [B, H] and its tangents, [K, B, H] (or [D, 1, D], the unit)."""
+    if len(affines) == 1:
+        if probe is None:
+            probe = torch.eye(z.shape[1], dtype=z.dtype, device=z.device).unsqueeze(1)
+        return z, probe
+    a, tangents = z, probe
+    for affine in affines[:-1]:
+        if tangents is None:  # the first layer, unit vectors
+            h, dots = affine.value(a), affine.columns()
+        else:
+            out = affine.linear(torch.cat((a.unsqueeze(0), tangents)))
+            h, dots = out[0] + affine.shift, out[1:]
         a = activation.value(h)
         tangents = activation.slope(h, a) * dots
-        if probe is None and affine is rest[-1]:
-            return affine.value(a), affine.trace(tangents)
-        out = affine.linear(torch.cat((a.unsqueeze(0), tangents)))
-        h, dots = out[0] + affine.shift, out[1:]
-    return h, torch.linalg.vecdot(probe, dots).mean(0)
+    return a, tangents
 
 
 def value_and_divergence_by_hand(

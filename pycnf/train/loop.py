@@ -96,6 +96,7 @@ class Trainer:
         self._sums = [0.0, 0.0, 0.0, 0.0]
         self._summed = 0
         self._epoch: tuple[int, Tensor, Tensor] | None = None
+        self._fingerprint = data.fingerprint()
 
         rows = max(1, VALIDATION_WORK // (1 + data.features))
         self._validation = data.validation[:rows]
@@ -111,7 +112,7 @@ class Trainer:
                 "kind": self.data.kind,
                 "columns": list(self.data.columns),
                 "path": None if self.data.path is None else str(self.data.path),
-                "fingerprint": self.data.fingerprint(),
+                "fingerprint": self._fingerprint,
             },
             "step": self.at.step,
             "validation": self.at.latest,

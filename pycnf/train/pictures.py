@@ -1,0 +1,302 @@
+"""The pictures of a run: data beside samples beside density, digit grids, pair panels, curves.
+
+Matplotlib is optional: ``available()`` says whether pictures can be drawn. Figures are made without
+pyplot, so nothing here touches the global state of a program that uses matplotlib itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..data import LEVELS, SHAPE, Dataset, quantize
+from . import metrics
+from .files import write_atomically
+from .folder import RunFolder
+from .model import Model
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, FAINT = "#22303c", "#8a97a3"
+DATA, MODEL = "#2a6f97", "#d1495b"
+DENSITY = "magma"
+SHOWN = 5000  # points of a scatter plot
+GRID = 240  # density pixels along a side
+FRAMES = 6
+PANEL_COLUMNS = 5
+SAMPLE_SEED = 20_240_917  # any fixed number, so that pictures of two checkpoints compare
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw_all(model: Model, data: Dataset, folder: RunFolder) -> list[Path]:
+    """Draws every picture that suits the data; returns their paths, the most telling first."""
+    folder.pictures.mkdir(exist_ok=True)
+    figures: dict[str, Figure] = {}
+    if data.kind == "digits":
+        levels = quantize(model.sample(100, SAMPLE_SEED))
+        figures["samples"] = digit_grids(quantize(data.test[:100]), levels)
+    else:
+        real = torch.cat([data.test, data.validation, data.epoch(0)])[:SHOWN]
+        drawn = model.sample(len(real) if data.kind == "toy" else SHOWN, SAMPLE_SEED)
+        if data.features == 2:
+            figures["density"] = density_panels(model, data, real, drawn)
+            figures["flow"] = flow_panels(model, data)
+        else:
+            figures["samples"] = pair_panel(data.columns, real, drawn, data.name)
+    rows = metrics.read(folder.metrics)
+    if rows:
+        figures["curves"] = curves(rows, data)
+    paths = []
+    for name, figure in figures.items():
+        path = folder.pictures / f"{name}.png"
+        save(figure, path)
+        paths.append(path)
+    return paths
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, whole or not at all."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+
+
+# ---- two-dimensional densities -----------------------------------------------------------------
+
+
+def density_panels(model: Model, data: Dataset, real: Tensor, drawn: Tensor) -> Figure:
+    """Data, samples and log-density side by side, on the same axes."""
+    figure = _figure(12.6, 4.6)
+    (x0, x1), (y0, y1) = _window(real, square=data.kind == "toy")
+    axes = figure.subplots(1, 3, sharex=True, sharey=True)
+    for ax, points, colour, title in (
+        (axes[0], real, DATA, "data"),
+        (axes[1], drawn, MODEL, "samples of the flow"),
+    ):
+        ax.scatter(*points.T.numpy(), s=2.2, c=colour, alpha=0.45, linewidths=0, rasterized=True)
+        _title(ax, title)
+    xs = torch.linspace(x0, x1, GRID, dtype=torch.float64)
+    ys = torch.linspace(y0, y1, GRID, dtype=torch.float64)
+    grid = torch.cartesian_prod(xs, ys)
+    log_prob = model.log_prob(grid).reshape(GRID, GRID).T.numpy()
+    image = axes[2].imshow(
+        log_prob,
+        origin="lower",
+        extent=(x0, x1, y0, y1),
+        aspect="auto",
+        cmap=DENSITY,
+        vmin=log_prob.max() - 9,
+        interpolation="bilinear",
+    )
+    _title(axes[2], "log-density, nats")
+    bar = figure.colorbar(image, ax=axes[2], fraction=0.046, pad=0.03, extend="min")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=FAINT, labelsize=8, length=0)
+    for ax in axes:
+        ax.set(xlim=(x0, x1), ylim=(y0, y1), box_aspect=1)
+        ax.set_xlabel(data.columns[0], color=INK)
+    axes[0].set_ylabel(data.columns[1], color=INK)
+    figure.suptitle(data.name, color=INK, fontsize=15, fontweight="bold")
+    return figure
+
+
+def flow_panels(model: Model, data: Dataset) -> Figure:
+    """How the base density becomes the data: the same points at several times of the flow."""
+    frames = model.frames(60_000, FRAMES, SAMPLE_SEED)
+    figure = _figure(2.3 * FRAMES, 2.75)
+    axes = figure.subplots(1, FRAMES)
+    side = max(float(frames.abs().flatten(0, 1).quantile_ends()), 3.0) if False else 3.4
+    for i, (ax, points) in enumerate(zip(axes, frames)):
+        ax.hist2d(
+            *points.T.numpy(), bins=140, range=((-side, side), (-side, side)), cmap=DENSITY
+        )
+        ax.set(xticks=[], yticks=[], box_aspect=1)
+        _title(ax, f"t = {i / (FRAMES - 1):g}")
+    figure.suptitle(f"from noise to {data.name}", color=INK, fontsize=13, fontweight="bold")
+    return figure
+
+
+# ---- tables ------------------------------------------------------------------------------------
+
+
+def pair_panel(columns: Sequence[str], real: Tensor, drawn: Tensor, name: str) -> Figure:
+    """Marginals on the diagonal, pairs of columns below (data) and above it (samples)."""
+    n = min(PANEL_COLUMNS, len(columns))
+    figure = _figure(2.1 * n + 0.6, 2.1 * n + 1.0)
+    axes = figure.subplots(n, n, squeeze=False)
+    limits = [_limits(real[:, i]) for i in range(n)]
+    for row in range(n):
+        for column in range(n):
+            ax = axes[row, column]
+            if row == column:
+                for points, colour, label in ((real, DATA, "data"), (drawn, MODEL, "samples")):
+                    ax.hist(
+                        points[:, row].numpy(),
+                        bins=32,
+                        range=limits[row],
+                        density=True,
+                        color=colour,
+                        alpha=0.45,
+                        label=label,
+                    )
+                ax.set_yticks([])
+            else:
+                points, colour = (real, DATA) if row > column else (drawn, MODEL)
+                points = points[: max(len(real), 500)]
+                ax.scatter(
+                    points[:, column].numpy(),
+                    points[:, row].numpy(),
+                    s=5,
+                    c=colour,
+                    alpha=0.45,
+                    linewidths=0,
+                    rasterized=True,
+                )
+                ax.set_ylim(limits[row])
+            ax.set_xlim(limits[column])
+            ax.set_box_aspect(1)
+            if row < n - 1:
+                ax.set_xticklabels([])
+            else:
+                ax.set_xlabel(_short(columns[column]), color=INK, fontsize=9)
+            if column > 0 or row == 0:
+                ax.set_yticklabels([])
+            if column == 0:
+                ax.set_ylabel(_short(columns[row]), color=INK, fontsize=9)
+            ax.locator_params(nbins=3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper right", frameon=False, labelcolor=INK, ncols=2)
+    some = f", {n} of {len(columns)} columns" if len(columns) > n else ""
+    figure.suptitle(f"{name}{some}", color=INK, fontsize=13, fontweight="bold")
+    return figure
+
+
+# ---- digits ------------------------------------------------------------------------------------
+
+
+def digit_grids(real: Tensor, drawn: Tensor) -> Figure:
+    """A hundred test images beside a hundred samples."""
+    figure = _figure(10.4, 5.6)
+    for ax, levels, title, colour in zip(
+        figure.subplots(1, 2), (real, drawn), ("data", "samples of the flow"), (DATA, MODEL)
+    ):
+        ax.imshow(_mosaic(levels), cmap="gray_r", vmin=0, vmax=LEVELS - 1, interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+        ax.set_title(title, color=colour, fontsize=13)
+    return figure
+
+
+def _mosaic(levels: Tensor, side: int = 10, gap: int = 2) -> Tensor:
+    """Lays images [N, 64] out in a square with gaps of paper between them."""
+    height, width = SHAPE
+    page = torch.zeros(side * (height + gap) + gap, side * (width + gap) + gap)
+    for i, image in enumerate(levels[: side * side]):
+        top, left = (n * (s + gap) + gap for n, s in zip(divmod(i, side), SHAPE))
+        page[top : top + height, left : left + width] = image.reshape(SHAPE)
+    return page
+
+
+# ---- the run itself ----------------------------------------------------------------------------
+
+
+def curves(rows: list[dict[str, Any]], data: Dataset) -> Figure:
+    """Loss and number of function evaluations over the run."""
+    figure = _figure(10.4, 3.8)
+    left, right = figure.subplots(1, 2)
+    steps = [row["step"] for row in rows]
+    left.plot(steps, [row["loss"] for row in rows], color=FAINT, lw=1, label="training")
+    judged = [row for row in rows if "validation_nll" in row]
+    left.plot(
+        [row["step"] for row in judged],
+        [row["validation_nll"] for row in judged],
+        color=MODEL,
+        lw=1.8,
+        label="validation",
+    )
+    if judged:
+        best = min(judged, key=lambda row: row["validation_nll"])
+        left.scatter(best["step"], best["validation_nll"], s=34, color=MODEL, zorder=3)
+        left.annotate(
+            f"best {best['validation_nll']:.3f}",
+            (best["step"], best["validation_nll"]),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="right",
+            color=MODEL,
+            fontsize=9,
+        )
+    _zoom(left, [row["loss"] for row in rows])
+    _title(left, "negative log-likelihood, nats a row")
+    right.plot(steps, [row["nfe_forward"] for row in rows], color=DATA, lw=1.8, label="forward")
+    right.plot(steps, [row["nfe_backward"] for row in rows], color=MODEL, lw=1.8, label="backward")
+    right.set_ylim(bottom=0)
+    _title(right, "function evaluations a solve")
+    for ax in (left, right):
+        ax.set_xlabel("step", color=INK)
+        ax.set_xlim(0, steps[-1])
+        ax.grid(axis="y", color="#e6eaee", lw=0.8)
+        ax.set_axisbelow(True)
+        ax.legend(frameon=False, labelcolor=INK)
+    figure.suptitle(data.name, color=INK, fontsize=13, fontweight="bold")
+    return figure
+
+
+# ---- common ------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _title(ax: Axes, text: str) -> None:
+    ax.set_title(text, color=INK, fontsize=11)
+    ax.tick_params(colors=FAINT, labelsize=8, length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _limits(values: Tensor) -> tuple[float, float]:
+    """Nearly all of the values with some air around them; a few outliers fall outside."""
+    low, high = torch.quantile(values, torch.tensor([0.002, 0.998], dtype=values.dtype)).tolist()
+    air = 0.08 * (high - low)
+    return low - air, high + air
+
+
+def _window(points: Tensor, square: bool) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Axis limits for two columns; the same scale for both where they share a unit."""
+    x, y = _limits(points[:, 0]), _limits(points[:, 1])
+    if not square:
+        return x, y
+    half = max(x[1] - x[0], y[1] - y[0]) / 2
+    (cx, cy) = (sum(x) / 2, sum(y) / 2)
+    return (cx - half, cx + half), (cy - half, cy + half)
+
+
+def _zoom(ax: Axes, losses: list[float]) -> None:
+    """Cuts the steep beginning off, behind which the rest would be a flat line."""
+    values = torch.tensor(losses, dtype=torch.float64)
+    values = values[torch.isfinite(values)]
+    if len(values) < 10:
+        return
+    low, usual = values.min().item(), values[len(values) // 20 :].max().item()
+    ax.set_ylim(low - 0.08 * (usual - low), usual + 0.08 * (usual - low))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else name[:17] + "…"
