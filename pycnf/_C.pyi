@@ -1,6 +1,10 @@
 """Compiled part of pycnf; importing it registers the ops of `torch.ops.pycnf`."""
 
+from collections.abc import Sequence
 from typing import TypedDict
+
+import torch
+from torch import Tensor
 
 class TableauDict(TypedDict):
     name: str
@@ -21,3 +25,23 @@ with_cuda: bool
 def tableaux() -> list[TableauDict]: ...
 def instruction_set() -> str: ...
 def parallel_info() -> str: ...
+def rk_stage(
+    y0: Tensor, k: Tensor, flip: bool, fresh: Sequence[Tensor], weights: Sequence[float], h: float
+) -> Tensor: ...
+def rk_finish(
+    y0: Tensor,
+    k: Tensor,
+    flip: bool,
+    fresh: Sequence[Tensor],
+    y1: Tensor,
+    solution: Sequence[float],
+    error: Sequence[float],
+    h: float,
+    rtol: Tensor,
+    atol: Tensor,
+    segments: Sequence[int],
+    ratio: Tensor | None,
+) -> Tensor: ...
+def time_tensors(
+    values: Sequence[float], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]: ...

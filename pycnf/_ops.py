@@ -21,11 +21,15 @@ OPS = (
     "rk_interpolate",
     "rk_initial_norms",
     "rk_combine",
+    "time_tensors",
     "probe_keys",
     "probe_sample",
 )
 
 _compiled = SimpleNamespace(**{name: getattr(torch.ops.pycnf, name).default for name in OPS})
+# The ops of the inner loop have bindings of their own, past the dispatcher's boxing of arguments.
+_compiled.rk_stage, _compiled.rk_finish = _C.rk_stage, _C.rk_finish
+time_tensors = _C.time_tensors
 _DTYPES = (torch.float32, torch.float64)
 _DEVICES = ("cpu", "cuda") if _C.with_cuda else ("cpu",)
 
@@ -110,6 +114,11 @@ def _(
     y: Tensor, k: Sequence[Tensor], weights: Any, h: float, h_graph: Tensor | None = None
 ) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("pycnf::time_tensors")
+def _(values: Any, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    return [torch.empty((), dtype=dtype, device=device) for _ in values]
 
 
 @torch.library.register_fake("pycnf::probe_keys")

@@ -165,6 +165,13 @@ def rk_combine(
     return y + total
 
 
+def time_tensors(
+    values: Sequence[float], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Each value as a 0-dim tensor of its own."""
+    return [torch.tensor(value, dtype=dtype, device=device) for value in values]
+
+
 def probe_keys(x: Tensor) -> Tensor:
     """One 64-bit key per row: SplitMix64 steps over the bits of its values, -0 counted as 0."""
     rows = x.detach()

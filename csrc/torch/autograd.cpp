@@ -74,6 +74,13 @@ at::Tensor rk_combine_autograd(const at::Tensor& y, at::TensorList k, at::ArrayR
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pycnf, Autograd, m) { m.impl("rk_combine", rk_combine_autograd); }
+TORCH_LIBRARY_IMPL(pycnf, Autograd, m) {
+  m.impl("rk_combine", rk_combine_autograd);
+  // The ops of the solver loops carry no gradient; without this, the dispatcher's general answer to that costs as much as
+  // the op itself on a small state.
+  for (const char* name : {"rk_stage", "rk_finish", "rk_interpolate", "rk_initial_norms"}) {
+    m.impl(name, torch::CppFunction::makeFallthrough());
+  }
+}
 
 }  // namespace pycnf

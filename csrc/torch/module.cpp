@@ -1,8 +1,10 @@
 // pybind11 module `_C`: what the dispatcher cannot carry. Importing it registers the ops.
 
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <vector>
 
@@ -32,6 +34,43 @@ py::dict tableau_dict(const pycnf::Tableau& t) {
   return result;
 }
 
+// The dispatcher's general way from Python boxes every argument by the schema, which takes longer than a step of a small
+// state. The ops of the inner loop are therefore bound by their types; they are the same ops, dispatched as ever.
+template <typename Signature>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+using Tensors = std::vector<at::Tensor>;
+using Numbers = std::vector<double>;
+using MaybeTensor = std::optional<at::Tensor>;
+
+at::Tensor rk_stage(const at::Tensor& y0, const at::Tensor& k, bool flip, const Tensors& fresh,
+                    const Numbers& weights, double h) {
+  static const auto op =
+      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, bool, at::TensorList,
+                         at::ArrayRef<double>, double)>("pycnf::rk_stage");
+  return op.call(y0, k, flip, fresh, weights, h);
+}
+
+at::Tensor rk_finish(const at::Tensor& y0, const at::Tensor& k, bool flip, const Tensors& fresh,
+                     const at::Tensor& y1, const Numbers& solution, const Numbers& error, double h,
+                     const at::Tensor& rtol, const at::Tensor& atol,
+                     const std::vector<int64_t>& segments, const MaybeTensor& ratio) {
+  static const auto op =
+      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, bool, at::TensorList,
+                         const at::Tensor&, at::ArrayRef<double>, at::ArrayRef<double>, double,
+                         const at::Tensor&, const at::Tensor&, at::IntArrayRef,
+                         const MaybeTensor&)>("pycnf::rk_finish");
+  return op.call(y0, k, flip, fresh, y1, solution, error, h, rtol, atol, segments, ratio);
+}
+
+Tensors time_tensors(const Numbers& values, at::ScalarType dtype, at::Device device) {
+  static const auto op =
+      find_op<Tensors(at::ArrayRef<double>, at::ScalarType, at::Device)>("pycnf::time_tensors");
+  return op.call(values, dtype, device);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -42,6 +81,11 @@ PYBIND11_MODULE(_C, m) {
     for (const auto* t : pycnf::kTableaux) result.append(tableau_dict(*t));
     return result;
   });
+
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  m.def("rk_stage", rk_stage, Unlocked());
+  m.def("rk_finish", rk_finish, Unlocked());
+  m.def("time_tensors", time_tensors, Unlocked());
 
   m.def("instruction_set", [] { return pycnf::cpu_kernels_of_this_machine().instruction_set; });
 

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -129,6 +130,23 @@ at::Tensor rk_combine_cpu(const at::Tensor& y, at::TensorList k, at::ArrayRef<do
   return out;
 }
 
+// Any device: one copy to it, and a view per value.
+std::vector<at::Tensor> time_tensors(at::ArrayRef<double> values, at::ScalarType dtype,
+                                     at::Device device) {
+  if (!device.is_cpu()) {
+    return at::tensor(values, at::kDouble).to(device, dtype).unbind();
+  }
+  std::vector<at::Tensor> result;
+  result.reserve(values.size());
+  for (const double value : values) {
+    auto t = at::detail::empty_cpu({}, dtype);
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "time_tensors",
+                                    [&] { *t.mutable_data_ptr<scalar_t>() = scalar_t(value); });
+    result.push_back(std::move(t));
+  }
+  return result;
+}
+
 at::Tensor probe_keys_cpu(const at::Tensor& x) {
   TORCH_CHECK(x.dim() >= 1, "x must be [B, ...], got a 0-dim tensor");
   const auto rows = x.contiguous();
@@ -163,6 +181,8 @@ at::Tensor probe_sample_cpu(const at::Tensor& keys, int64_t seed, int64_t probes
 }
 
 }  // namespace
+
+TORCH_LIBRARY_IMPL(pycnf, CompositeExplicitAutograd, m) { m.impl("time_tensors", time_tensors); }
 
 TORCH_LIBRARY_IMPL(pycnf, CPU, m) {
   m.impl("rk_stage", rk_stage_cpu);

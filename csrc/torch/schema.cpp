@@ -37,6 +37,9 @@ TORCH_LIBRARY(pycnf, m) {
   m.def(
       "rk_combine(Tensor y, Tensor[] k, float[] weights, float h, Tensor? h_graph=None) -> Tensor");
 
+  // Each value as a 0-dim tensor of its own: the times of many stages in one call.
+  m.def("time_tensors(float[] values, ScalarType dtype, Device device) -> Tensor[]");
+
   // One key per row of x [B, ...], a hash of its values.
   m.def("probe_keys(Tensor x) -> Tensor");
 

@@ -1,8 +1,8 @@
 """Data to train on: toy densities, digits, the user's own tables, and their preprocessing."""
 
 from .baseline import GaussianBaseline
-from .digits import BITS_PER_DIM, BITS_PER_DIM_WHERE, bits_per_dim, quantize
 from .dataset import SOURCES, Dataset, load
+from .digits import BITS_PER_DIM, BITS_PER_DIM_WHERE, LEVELS, SHAPE, bits_per_dim, quantize
 from .errors import InputError, nearest
 from .streams import stream
 from .table import Table, read_table
@@ -12,6 +12,8 @@ from .transforms import Logit, Preprocess, Standardize, Whiten
 __all__ = [
     "BITS_PER_DIM",
     "BITS_PER_DIM_WHERE",
+    "LEVELS",
+    "SHAPE",
     "SOURCES",
     "TOYS",
     "Dataset",

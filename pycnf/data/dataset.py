@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,6 +63,17 @@ class Dataset:
         if self.kind == "digits":
             return torch.cat([self.epoch(i) for i in range(DIGIT_DRAWS)])
         return self.epoch(0)
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint says about its data, in plain values."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "columns": list(self.columns),
+            "training_rows": self.training_rows,
+            "path": None if self.path is None else str(self.path),
+            "fingerprint": self.fingerprint(),
+        }
 
     def fingerprint(self) -> str:
         """A hash by which a run notices that its data are no longer the same."""

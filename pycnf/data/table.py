@@ -30,7 +30,10 @@ class Table:
 
 
 def read_table(
-    path: Path, columns: Sequence[str] | None = None, drop: Sequence[str] | None = None
+    path: Path,
+    columns: Sequence[str] | None = None,
+    drop: Sequence[str] | None = None,
+    constant: bool = False,
 ) -> Table:
     """Reads a file of numbers.
 
@@ -38,9 +41,10 @@ def read_table(
         path: a .csv (.tsv, .txt), .npy or .pt (.pth) file.
         columns: names or 1-based numbers of the columns to keep, in this order; None keeps all.
         drop: names or numbers of the columns to leave out.
+        constant: whether a column may hold one value only (rows to judge: yes, to train on: no).
 
     Returns:
-        The table, every value finite, no column constant.
+        The table, every value finite.
 
     Raises:
         InputError: the file is missing, unreadable, or holds something other than finite numbers.
@@ -59,7 +63,7 @@ def read_table(
     names = [names[i] for i in keep]
     _check_finite(path, values)
     for name, column in zip(names, values.T, strict=True):
-        if column.min() == column.max():
+        if not constant and column.min() == column.max():
             raise InputError(
                 f"{path}: column '{name}' is constant ({column[0]:g} in all {len(column)} rows), "
                 f"so it has no density; leave it out with --drop '{name}'."

@@ -145,9 +145,9 @@ def _by_vjp(
 def _value_and_products(
     field: VectorField, t: Tensor, z: Tensor, probe: Tensor | None, context: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """f [B, D] and ε_kᵀ ∂f/∂z [K, B, D]; for no probes, of the D unit vectors."""
+    """Value [B, D] and products ε_kᵀ ∂f/∂z [K, B, D], with the unit vectors for no probes."""
     differentiable = torch.is_grad_enabled()
-    # Inference mode would record no graph even under enable_grad, and its tensors may not enter one.
+    # Inference mode records no graph even under enable_grad, and its tensors may not enter one.
     with torch.inference_mode(False), torch.enable_grad():
         t, z, probe, context = (
             x.clone() if isinstance(x, Tensor) and x.is_inference() else x

@@ -102,7 +102,11 @@ class MLP(nn.Module):
             TypeError: z or context has another dtype than the field.
             ValueError: A shape is not as described.
         """
-        *inner, last = self.affines(t, z, context)
+        return self.value_at(self.affines(t, z, context), z)
+
+    def value_at(self, affines: list[Affine], z: Tensor) -> Tensor:
+        """The vector field [B, D], given the layers as they are at a time."""
+        *inner, last = affines
         for affine in inner:
             z = self.activation.value(affine.value(z))
         return last.value(z)

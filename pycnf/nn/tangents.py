@@ -46,7 +46,9 @@ def push_forward(
     """Value and the tangents' images (∂f/∂z) ε_k, differentiable.
 
     Args:
-        affines, activation, z: As above.
+        affines: The network's layers at a time (or at a time per sample).
+        activation: Applied between the layers.
+        z: State [B, D].
         probe: ε [K, B, D], or None for the unit vectors, K = D.
 
     Returns:

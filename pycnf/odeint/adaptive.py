@@ -311,9 +311,9 @@ class AdaptiveSolver:
         watch = torch.is_grad_enabled()
         fresh: Sequence[Tensor] = []
         y = y0
-        for stage in range(1, self.tableau.stages):
+        for stage, t in enumerate(times.stages(), 1):
             y = rows.stage(y0, stage, fresh, h)
-            fresh = problem.call(times.stage(stage), y)
+            fresh = problem.call(t, y)
             if watch and any(part.requires_grad for part in fresh):
                 done = [rows.row(i).clone().view_as(y0) for i in range(stage)]
                 return self._differentiate(step, [*done, problem.as_state(fresh, y0)], y)
@@ -338,10 +338,10 @@ class AdaptiveSolver:
 
     def _evaluate(self, step: Step, k: list[Tensor]) -> None:
         """The stages that `k` lacks and the solution, with their graph."""
+        times = step.times.stages()
 
         def field(stage: int, state: Tensor) -> Tensor:
-            fresh = self.problem.call(step.times.stage(stage), state)
-            return self.problem.as_state(fresh, step.y0)
+            return self.problem.as_state(self.problem.call(times[stage - 1], state), step.y0)
 
         step.k, step.h_graph = k, step.times.h_graph
         step.y1 = differentiable_step(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pycnf._ops import time_tensors
 from pycnf.odeint import rounding
 from pycnf.odeint.problem import Problem
 
@@ -85,23 +86,31 @@ class StepTimes:
             return self.start_graph + self.size
         return self.size_graph + (self.start if self.start_graph is None else self.start_graph)
 
-    def stage(self, stage: int) -> Tensor:
-        """The time that the field is given at a stage: 0-dim, in the state's real dtype.
+    def stages(self) -> list[Tensor]:
+        """The times that the field is given at the stages after the first: 0-dim, in the state's real dtype.
 
         The end of a step is approached from within, in case the field is discontinuous there.
         """
-        c, round_ = self.nodes[stage], self.round
-        if c == 1.0:
-            s = rounding.before(round_(self.end), self.dtype)
-        else:
-            s = round_(round_(self.start) + round_(round_(c) * round_(self.size)))
-        return self.at(s, c)
+        round_, sign = self.round, self.sign
+        start, size = round_(self.start), round_(self.size)
+        values = []
+        for c in self.nodes[1:]:
+            if c == 1.0:
+                s = rounding.before(round_(self.end), self.dtype)
+            else:
+                s = round_(start + round_(round_(c) * size))
+            values.append(sign * s)
+        times = time_tensors(values, self.dtype, self.device)
+        if not self.has_graph:
+            return times
+        return [self._with_graph(t, c) for t, c in zip(times, self.nodes[1:])]
 
     def at(self, s: float, c: float = 0.0) -> Tensor:
         """The user's time of s, with the gradient of start + c size."""
-        value = torch.full((), self.sign * s, dtype=self.dtype, device=self.device)
-        if not self.has_graph:
-            return value
+        (value,) = time_tensors([self.sign * s], self.dtype, self.device)
+        return self._with_graph(value, c) if self.has_graph else value
+
+    def _with_graph(self, value: Tensor, c: float) -> Tensor:
         return _StageTime.apply(value, self.start_graph, self.size_graph, c, self.sign)
 
     def point(self, output: float) -> float:

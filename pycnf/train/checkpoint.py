@@ -3,8 +3,8 @@
 Layout (a dictionary written by ``torch.save``):
 
     format      FORMAT                        version     VERSION
-    config      Config.to_dict()              data        name, kind, columns, path, fingerprint
-    preprocess  state_dict of Preprocess      flow        state_dict of the CNF
+    config      Config.to_dict()              data        Dataset.description()
+    preprocess, baseline, flow                state_dicts of Preprocess, GaussianBaseline and CNF
     step        optimizer steps taken         validation  validation NLL in nats, or None
     training    the loop's state (last.pt only): optimizer, counters, running means
 """

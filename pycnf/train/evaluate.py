@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..data import BITS_PER_DIM, BITS_PER_DIM_WHERE, Dataset, GaussianBaseline, bits_per_dim
+from ..data import BITS_PER_DIM, BITS_PER_DIM_WHERE, bits_per_dim
 from .model import EXACT_METHOD, EXACT_TOLERANCE, Model
 
 
@@ -70,7 +69,7 @@ class Evaluation:
             lines.append(f"  Gaussian  {self._row(self.gaussian)}")
             lines.append(
                 f"            full covariance, fitted to the same {self.gaussian_rows} training "
-                "rows" + (" in the same logit space" if self.pixels else "")
+                "rows" + (" and pixel noise, in the same logit space" if self.pixels else "")
             )
             gain = self.log_prob - self.gaussian
             lines.append(
@@ -88,27 +87,24 @@ class Evaluation:
         return text
 
 
-def evaluate(model: Model, data: Dataset, rows: Tensor) -> Evaluation:
+def evaluate(model: Model, rows: Tensor, training_rows: int, pixels: bool) -> Evaluation:
     """Judges a model by rows it was not trained on.
 
     Args:
         model: trained.
-        data: the source, whose training rows the Gaussian baseline is fitted to.
         rows: [N, D] in the user's units, float64.
+        training_rows: how many the model and the Gaussian baseline were fitted to.
+        pixels: whether to report bits per dimension.
     """
-    try:
-        gaussian = GaussianBaseline(model.preprocess, data.fitting_rows()).log_prob(rows)
-    except torch.linalg.LinAlgError:
-        gaussian = None
     log_prob = model.log_prob(rows)
     return Evaluation(
         rows=len(rows),
-        features=data.features,
+        features=model.features,
         log_prob=log_prob,
-        gaussian=gaussian,
-        gaussian_rows=data.training_rows,
+        gaussian=model.baseline_log_prob(rows) if model.baseline.defined else None,
+        gaussian_rows=training_rows,
         nfe=model.exact.stats.nfe_forward,
-        pixels=data.kind == "digits",
+        pixels=pixels,
     )
 
 

@@ -41,6 +41,10 @@ class RunFolder:
         """The checkpoint with the lowest validation NLL."""
         return self.path / "best.pt"
 
+    def checkpoint(self, which: str) -> Path:
+        """Returns the path of the "best" or the "last" checkpoint."""
+        return {"best": self.best, "last": self.last}[which]
+
     @property
     def evaluation(self) -> Path:
         """Likelihoods of the best checkpoint."""

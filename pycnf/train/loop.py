@@ -96,7 +96,7 @@ class Trainer:
         self._sums = [0.0, 0.0, 0.0, 0.0]
         self._summed = 0
         self._epoch: tuple[int, Tensor, Tensor] | None = None
-        self._fingerprint = data.fingerprint()
+        self._description = data.description()
 
         rows = max(1, VALIDATION_WORK // (1 + data.features))
         self._validation = data.validation[:rows]
@@ -107,13 +107,7 @@ class Trainer:
         """Writes last.pt, or best.pt, which has no use for the loop's state."""
         content: dict[str, Any] = {
             "config": self.config.to_dict(),
-            "data": {
-                "name": self.data.name,
-                "kind": self.data.kind,
-                "columns": list(self.data.columns),
-                "path": None if self.data.path is None else str(self.data.path),
-                "fingerprint": self._fingerprint,
-            },
+            "data": self._description,
             "step": self.at.step,
             "validation": self.at.latest,
             **self.model.state(),

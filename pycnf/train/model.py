@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import Dataset, InputError, Preprocess
+from ..data import Dataset, GaussianBaseline, InputError, Preprocess
 from ..flows import CNF
 from ..nn import MLP
 from .config import Config
@@ -26,6 +26,7 @@ class Model(nn.Module):
 
     Attributes:
         preprocess: data to what the flow sees, float64.
+        baseline: the Gaussian to beat, float64.
         flow: as configured for training.
         exact: the same network with the exact divergence, dopri5 and tolerance 1e-5.
     """
@@ -39,6 +40,7 @@ class Model(nn.Module):
         super().__init__()
         self.dtype = getattr(torch, config.dtype)
         self.preprocess = Preprocess(features, config.preprocess, logit)
+        self.baseline = GaussianBaseline(features)
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
@@ -89,6 +91,11 @@ class Model(nn.Module):
         parts = [self.exact.log_prob(part.to(self.dtype)).double() for part in y.split(rows)]
         return torch.cat(parts) + logdet
 
+    def baseline_log_prob(self, x: Tensor) -> Tensor:
+        """The Gaussian's log p(x) [N], for the same rows as ``log_prob``."""
+        y, logdet = self.preprocess(x)
+        return self.baseline.log_prob(y) + logdet
+
     @torch.no_grad()
     def sample(self, n: int, seed: int) -> Tensor:
         """Returns n samples [n, D] in the user's units, float64, the same for the same seed."""
@@ -98,24 +105,42 @@ class Model(nn.Module):
             y = torch.cat([self.exact.sample(size) for size in sizes])
         return self.preprocess.inverse(y.double())
 
+    @torch.no_grad()
+    def frames(self, n: int, count: int, seed: int) -> Tensor:
+        """Returns n points at ``count`` even times of the flow, base first, [count, n, D].
+
+        These are in the flow's own (preprocessed) units, in which base and data are of one size.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            z = self.exact.base.sample((n,)).to(self.dtype)
+        times = torch.linspace(self.exact.t0, self.exact.t1, count, dtype=self.dtype)
+        return self.exact.trajectory(z, times).double()
+
     def state(self) -> dict[str, Any]:
         """The model's part of a checkpoint."""
-        return {"preprocess": self.preprocess.state_dict(), "flow": self.flow.state_dict()}
+        return {
+            "preprocess": self.preprocess.state_dict(),
+            "baseline": self.baseline.state_dict(),
+            "flow": self.flow.state_dict(),
+        }
 
     def load_state(self, checkpoint: Mapping[str, Any]) -> None:
         """Undoes ``state``."""
-        self.preprocess.load_state_dict(checkpoint["preprocess"])
-        self.flow.load_state_dict(checkpoint["flow"])
+        for name in ("preprocess", "baseline", "flow"):
+            getattr(self, name).load_state_dict(checkpoint[name])
 
 
 def fitted(config: Config, data: Dataset) -> Model:
-    """Returns an untrained model whose preprocessing is fitted to the training rows.
+    """Returns an untrained model; preprocessing and baseline are fitted to the training rows.
 
     Raises:
         InputError: a column has no spread, or the options do not go together.
     """
     model = Model(config, data.features, logit=data.kind == "digits")
-    model.preprocess.fit(data.fitting_rows(), data.columns)
+    rows = data.fitting_rows()
+    y, _ = model.preprocess.fit(rows, data.columns)(rows)
+    model.baseline.fit(y)
     return model
 
 

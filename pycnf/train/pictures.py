@@ -42,18 +42,11 @@ def available() -> bool:
 def draw_all(model: Model, data: Dataset, folder: RunFolder) -> list[Path]:
     """Draws every picture that suits the data; returns their paths, the most telling first."""
     folder.pictures.mkdir(exist_ok=True)
-    figures: dict[str, Figure] = {}
-    if data.kind == "digits":
-        levels = quantize(model.sample(100, SAMPLE_SEED))
-        figures["samples"] = digit_grids(quantize(data.test[:100]), levels)
-    else:
-        real = torch.cat([data.test, data.validation, data.epoch(0)])[:SHOWN]
-        drawn = model.sample(len(real) if data.kind == "toy" else SHOWN, SAMPLE_SEED)
-        if data.features == 2:
-            figures["density"] = density_panels(model, data, real, drawn)
-            figures["flow"] = flow_panels(model, data)
-        else:
-            figures["samples"] = pair_panel(data.columns, real, drawn, data.name)
+    n = 100 if data.kind == "digits" else SHOWN
+    name = "density" if data.features == 2 else "samples"
+    figures = {name: sample_figure(model, data, model.sample(n, SAMPLE_SEED))}
+    if data.features == 2:
+        figures["flow"] = flow_panels(model, data)
     rows = metrics.read(folder.metrics)
     if rows:
         figures["curves"] = curves(rows, data)
@@ -63,6 +56,16 @@ def draw_all(model: Model, data: Dataset, folder: RunFolder) -> list[Path]:
         save(figure, path)
         paths.append(path)
     return paths
+
+
+def sample_figure(model: Model, data: Dataset, drawn: Tensor) -> Figure:
+    """Samples [N, D] beside data, as suits the data: digits, a plane, or pairs of columns."""
+    if data.kind == "digits":
+        return digit_grids(quantize(data.test), quantize(drawn))
+    real = torch.cat([data.test, data.validation, data.epoch(0)])[:SHOWN]
+    if data.features == 2:
+        return density_panels(model, data, real, drawn[:SHOWN])
+    return pair_panel(data.columns, real, drawn, data.name)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -114,7 +117,7 @@ def flow_panels(model: Model, data: Dataset) -> Figure:
     frames = model.frames(60_000, FRAMES, SAMPLE_SEED)
     figure = _figure(2.3 * FRAMES, 2.75)
     axes = figure.subplots(1, FRAMES)
-    side = max(float(frames.abs().flatten(0, 1).quantile_ends()), 3.0) if False else 3.4
+    side = 3.2  # of both the base N(0, I) and the standardized data nearly everything is within
     for i, (ax, points) in enumerate(zip(axes, frames)):
         ax.hist2d(
             *points.T.numpy(), bins=140, range=((-side, side), (-side, side)), cmap=DENSITY

@@ -1,0 +1,112 @@
+"""The field with its extras (divergence, regularizers), evaluated and counted."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pycnf.nn.divergence import (
+    has_forward_mode,
+    mlp_value_and_divergence,
+    mlp_value_divergence_and_norm,
+    value_and_divergence,
+    value_divergence_and_norm,
+)
+from pycnf.nn.layers import Affine
+
+from .problem import Problem
+
+Parts = tuple[Tensor, ...]
+REGULARIZERS = ("kinetic", "jacobian")
+
+# Layers of all stages of a step are made together unless their weights exceed this many numbers.
+WEIGHTS_AT_ONCE = 1 << 22
+
+
+class Dynamics:
+    """Right-hand side of a problem: (f, sign·div, regularizers), or (f,) where no more is needed.
+
+    Args:
+        problem: The solve.
+
+    Attributes:
+        evaluations: How often the field has been evaluated.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.forward_mode = has_forward_mode(problem.field)
+        self.evaluations = 0
+        self._jacobian = "jacobian" in problem.regularizers
+
+    def at(
+        self, times: Tensor, z: Tensor, context: Tensor | None, full: Sequence[bool]
+    ) -> list[Callable[[Tensor], Parts]]:
+        """The right-hand side at S times shared by the batch, as functions of the state.
+
+        Args:
+            times: [S], in z's dtype.
+            z: A state [B, D].
+            context: What the field is given, or None.
+            full: For every time, whether the extras are wanted as well.
+        """
+        probe = self.problem.probe
+        if not self.forward_mode or times.shape[0] == 1 or not self._fits(times.shape[0]):
+            return [
+                lambda z, t=t, full=full: self.evaluate(t, z, context, probe, full)
+                for t, full in zip(times.unbind(), full)
+            ]
+        many = self.problem.field.affines_at(times, z, context)
+        return [
+            lambda z, affines=affines, full=full: self._evaluate_mlp(affines, z, probe, full)
+            for affines, full in zip(many, full)
+        ]
+
+    def evaluate(
+        self, t: Tensor, z: Tensor, context: Tensor | None, probe: Tensor | None, full: bool
+    ) -> Parts:
+        """The right-hand side at one time, 0-dim or [B]."""
+        field = self.problem.field
+        if self.forward_mode:
+            return self._evaluate_mlp(field.affines(t, z, context), z, probe, full)
+        self.evaluations += 1
+        if full and self.problem.divergence:
+            function = value_divergence_and_norm if self._jacobian else value_and_divergence
+            parts = function(field, t, z, probe, context)
+        else:
+            parts = (field(t, z) if context is None else field(t, z, context),)
+        if parts[0].shape != z.shape:
+            raise ValueError(
+                f"field: returned shape {tuple(parts[0].shape)}, expected z's {tuple(z.shape)}"
+            )
+        if parts[0].dtype != z.dtype:
+            raise TypeError(f"field: returned {parts[0].dtype}, expected z's {z.dtype}")
+        return self._weigh(*parts)
+
+    def _evaluate_mlp(
+        self, affines: list[Affine], z: Tensor, probe: Tensor | None, full: bool
+    ) -> Parts:
+        self.evaluations += 1
+        field = self.problem.field
+        if not (full and self.problem.divergence):
+            return (field.value_at(affines, z),)
+        function = mlp_value_divergence_and_norm if self._jacobian else mlp_value_and_divergence
+        return self._weigh(*function(affines, field.activation, z, probe))
+
+    def _weigh(
+        self, value: Tensor, divergence: Tensor | None = None, norm: Tensor | None = None
+    ) -> Parts:
+        """From what was evaluated to the derivatives of z, ℓ and the regularizers' quadratures."""
+        if divergence is None:
+            return (value,)
+        problem = self.problem
+        parts = [value, divergence if problem.sign > 0 else -divergence]
+        for name, weight in problem.regularizers.items():
+            integrand = value.square().sum(-1) if name == "kinetic" else norm
+            parts.append(integrand * (weight * problem.direction))
+        return tuple(parts)
+
+    def _fits(self, count: int) -> bool:
+        field = self.problem.field
+        widths = (field.features, *field.hidden, field.features)
+        return count * sum(a * b for a, b in zip(widths[:-1], widths[1:])) <= WEIGHTS_AT_ONCE

@@ -1,0 +1,59 @@
+"""What is to be solved: one flow, one direction, one batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pycnf.nn.divergence import VectorField
+from pycnf.odeint.tableau import Tableau
+
+from .control import AdaptiveControl, FixedControl
+from .stats import SolveStats
+
+
+@dataclass
+class Problem:
+    """A solve from `start` to `end`.
+
+    The state is z with, where the divergence is wanted, "extras": ℓ with dℓ/dt = sign·div, and a
+    quadrature for every regularizer. Extras are zero at the start, and nothing depends on them.
+
+    Attributes:
+        field: f(t, z) or f(t, z, context).
+        tableau, control: The method and its steps.
+        start, end: Times; end < start goes backwards.
+        divergence: Whether there are extras.
+        probe: [K, B, D], None for the exact divergence.
+        sign: Of the divergence in ℓ, so that ℓ is the flow's logdet in either direction.
+        regularizers: Weights of "kinetic" and "jacobian".
+        per_sample: Every sample takes its own steps.
+        gradient: "discrete", "continuous", "seminorm" or "autograd".
+        stats: Filled in by the solve.
+    """
+
+    field: VectorField
+    tableau: Tableau
+    control: AdaptiveControl | FixedControl
+    start: float
+    end: float
+    divergence: bool
+    probe: Tensor | None
+    sign: float
+    regularizers: dict[str, float] = field(default_factory=dict)
+    per_sample: bool = False
+    gradient: str = "discrete"
+    stats: SolveStats = field(default_factory=SolveStats)
+
+    @property
+    def direction(self) -> float:
+        return 1.0 if self.end > self.start else -1.0
+
+    @property
+    def extras(self) -> int:
+        """Number of extra states per sample."""
+        return 1 + len(self.regularizers) if self.divergence else 0
+
+    def full_stages(self, weights: Sequence[Sequence[float]]) -> list[bool]:
+        """Which stages have a weight in any of the sums, and so need their extras."""
+        return [any(row[i] != 0 for row in weights) for i in range(self.tableau.stages)]

@@ -1,0 +1,739 @@
+"""The CUDA ops: equal to the reference, to the CPU kernels bit by bit, and free of host syncs.
+
+Rounding decides step counts, so "equal" between CPU and CUDA means the same bits wherever the
+arithmetic is +, -, *, / and sqrt.
+"""
+
+import math
+
+import pytest
+import torch
+
+import pycnf
+from pycnf import _C, _ops, reference
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not _C.with_cuda, reason="pycnf was built without CUDA"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+DEVICE = "cuda"
+F32, F64 = torch.float32, torch.float64
+DTYPES = pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+# Empty, single, around a group of 4, around a block's range of 1024, several ranges.
+SIZES = pytest.mark.parametrize("size", [0, 1, 3, 4, 7, 128, 1023, 1024, 1025, 4100, 33333])
+# Elements by which a view misses its allocation's alignment; 2 is 16 bytes in f64 only.
+OFFSETS = pytest.mark.parametrize("offset", [0, 1, 2])
+TABLEAUX = {tableau["name"]: tableau for tableau in _C.tableaux()}
+NAN = float("nan")
+
+
+@pytest.fixture
+def ops():
+    return torch.ops.pycnf
+
+
+def normal(*shape, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, dtype=F64, generator=generator).to(dtype)
+
+
+class Guarded:
+    """A copy on the device, `offset` elements into an allocation whose other elements must not change."""
+
+    GUARD = -77.0
+
+    def __init__(self, x, offset=0):
+        self.offset, self.size = offset, x.numel()
+        self.buffer = torch.full(
+            (offset + self.size + 16,), self.GUARD, dtype=x.dtype, device=DEVICE
+        )
+        self.view = self.buffer[offset : offset + self.size].view(x.shape)
+        self.view.copy_(x)
+
+    def check(self):
+        rest = torch.cat([self.buffer[: self.offset], self.buffer[self.offset + self.size :]])
+        assert (rest == self.GUARD).all(), "written outside of the tensor"
+
+
+def step(size, stages, dtype, offset=0, seed=0):
+    """y0, k with its newest row still NaN, and that row, on the CPU and guarded on the device."""
+    y0 = normal(size, dtype=dtype, seed=seed)
+    k = normal(stages, size, dtype=dtype, seed=seed + 1)
+    fresh = normal(size, dtype=dtype, seed=seed + 2)
+    return (y0, k, fresh), tuple(Guarded(x, offset) for x in (y0, k, fresh))
+
+
+def assert_same_bits(on_device, on_cpu):
+    on_device = on_device.cpu()
+    assert on_device.dtype == on_cpu.dtype
+    assert on_device.shape == on_cpu.shape
+    integer = {F32: torch.int32, F64: torch.int64}[on_cpu.dtype]
+    nan = on_cpu.isnan()
+    assert torch.equal(on_device.isnan(), nan)
+    # -0 and 0 are one number here: sums over no rows differ in their sign.
+    on_device, on_cpu = (x.masked_fill(nan, 0) + 0.0 for x in (on_device, on_cpu))
+    assert torch.equal(on_device.view(integer), on_cpu.view(integer))
+
+
+def assert_norm(on_device, on_cpu, rtol=1e-14):
+    """Norms sum in another order than on the CPU, in f64; flags are flags."""
+    torch.testing.assert_close(on_device.cpu(), on_cpu, rtol=rtol, atol=0.0, equal_nan=True)
+
+
+def assert_bounded(result, eager, exact):
+    """An f32 result is off by no more than a small multiple of what PyTorch's own f32 is off by."""
+    if exact.numel() == 0:
+        return
+    unit = torch.finfo(eager.dtype).eps * exact.abs().max()
+    error = (result.cpu().double() - exact).abs().max()
+    assert error <= 2 * (eager.double() - exact).abs().max() + 2 * unit
+
+
+def tolerances(kind, size, dtype, seed=5):
+    """rtol, atol on the CPU and on the device."""
+    rtol, atol = torch.tensor(1e-3, dtype=F64), torch.tensor(1e-4, dtype=F64)
+    if kind in ("each", "mixed"):
+        rtol = rtol * (1 + normal(size, dtype=F64, seed=seed).abs())
+    if kind == "each":
+        atol = atol * (1 + normal(size, dtype=F64, seed=seed + 1).abs())
+    on_device = [x if kind == "host" and x.dim() == 0 else x.to(DEVICE) for x in (rtol, atol)]
+    return (rtol, atol), on_device
+
+
+# ---- stage combination -------------------------------------------------------------------------------
+
+
+@DTYPES
+@SIZES
+@OFFSETS
+@pytest.mark.parametrize("flip", [False, True])
+def test_stage(ops, dtype, size, offset, flip):
+    (y0, k, fresh), device = step(size, 7, dtype, offset)
+    weights, h = TABLEAUX["dopri5"]["a"][5], 0.37
+    stored = 4
+    k[stored] = NAN
+    device[1].view[stored] = NAN
+    on_device = ops.rk_stage(device[0].view, device[1].view, flip, [device[2].view], weights, h)
+    exact_k = k.double()
+    exact = reference.rk_stage(y0.double(), exact_k, flip, [fresh.double()], weights, h)
+    eager = reference.rk_stage(y0, k.clone(), flip, [fresh], weights, h)
+    on_cpu = torch.ops.pycnf.rk_stage(y0, k, flip, [fresh], weights, h)
+    assert_same_bits(on_device, on_cpu)
+    assert_same_bits(device[1].view, k)
+    for x in device:
+        x.check()
+    assert_same_bits(device[2].view, fresh)
+    if dtype == F64:
+        torch.testing.assert_close(on_device.cpu(), exact, rtol=1e-13, atol=1e-14)
+    assert_bounded(on_device, eager, exact)
+
+
+@DTYPES
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("method", TABLEAUX)
+def test_stage_of_every_method(ops, method, flip, dtype):
+    """Every row of every tableau; rows of weight zero are not read, so what they hold does not matter."""
+    tableau = TABLEAUX[method]
+    size, h = 520, 0.21
+    for row in [*tableau["a"][1:], tableau["b"]]:
+        (y0, k, _), device = step(size, tableau["stages"], dtype)
+        for stage in range(tableau["stages"]):
+            if stage >= len(row) or row[stage] == 0:
+                last = tableau["stages"] - 1
+                place = last - stage if flip and stage in (0, last) else stage
+                k[place] = NAN
+                device[1].view[place] = NAN
+        on_cpu = torch.ops.pycnf.rk_stage(y0, k, flip, [], row, h)
+        on_device = ops.rk_stage(device[0].view, device[1].view, flip, [], row, h)
+        assert not on_device.isnan().any()
+        assert_same_bits(on_device, on_cpu)
+
+
+@DTYPES
+def test_stage_stores_what_the_kernel_cannot(ops, dtype):
+    """Parts of a tuple, another dtype, a strided tensor: copied first."""
+    parts = [normal(5, 3, dtype=dtype), normal(3, 5, dtype=dtype).t(), normal(1, dtype=F64)]
+    (y0, k, _), device = step(31, 4, dtype)
+    weights = [0.5, 0.25, 0.125]
+    on_cpu = torch.ops.pycnf.rk_stage(y0, k, False, parts, weights, 0.1)
+    on_device = [part.to(DEVICE) for part in parts]
+    out = ops.rk_stage(device[0].view, device[1].view, False, on_device, weights, 0.1)
+    assert_same_bits(out, on_cpu)
+    assert_same_bits(device[1].view, k)
+
+
+@DTYPES
+def test_stage_keeps_the_state_s_shape(ops, dtype):
+    y0 = normal(3, 5, 2, dtype=dtype).to(DEVICE)
+    k = torch.zeros(4, 30, dtype=dtype, device=DEVICE)
+    out = ops.rk_stage(y0, k, False, [y0], [1.0], 0.5)
+    assert out.shape == y0.shape
+    assert_same_bits(out, y0.cpu() * 1.5)
+
+
+# ---- end of step -------------------------------------------------------------------------------------
+
+
+def check_finish(ops, case, device, weights, flip, tol, segments, use_ratio=True, h=0.37):
+    """Runs the op on the device and the CPU, and compares everything it returns and writes."""
+    y0, k, fresh, y1 = case
+    y0_, k_, fresh_, y1_ = (x.view for x in device)
+    solution, error = weights
+    (rtol, atol), (rtol_, atol_) = tol
+    ratio = torch.full_like(y0, NAN) if use_ratio else None
+    ratio_ = Guarded(torch.full_like(y0, NAN), device[0].offset) if use_ratio else None
+    exact_y1, exact_k = y1.double(), k.double()
+    exact = reference.rk_finish(
+        y0.double(), exact_k, flip, [fresh.double()], exact_y1, solution, error, h, rtol, atol, segments
+    )
+    on_cpu = torch.ops.pycnf.rk_finish(
+        y0, k, flip, [fresh], y1, solution, error, h, rtol, atol, segments, ratio
+    )
+    on_device = ops.rk_finish(
+        y0_, k_, flip, [fresh_], y1_, solution, error, h, rtol_, atol_, segments,
+        ratio_.view if use_ratio else None,
+    )  # fmt: skip
+    assert on_device.device.type == DEVICE
+    assert_norm(on_device, on_cpu)
+    # The scaled error is a small difference of large terms, hence the wide bound in f32.
+    torch.testing.assert_close(
+        on_device.cpu(),
+        exact,
+        rtol=1e-11 if y0.dtype == F64 else 1e-3,
+        atol=0.0,
+        equal_nan=True,
+    )
+    assert_same_bits(k_, k)
+    assert_same_bits(y1_, y1)
+    for x in device:
+        x.check()
+    if use_ratio:
+        assert_same_bits(ratio_.view, ratio)
+        ratio_.check()
+    return on_device
+
+
+def finish_case(size, dtype, offset=0, stages=7, seed=0):
+    (y0, k, fresh), device = step(size, stages, dtype, offset, seed)
+    y1 = y0 + 0.1 * normal(size, dtype=dtype, seed=seed + 3)
+    return (y0, k, fresh, y1), (*device, Guarded(y1, offset))
+
+
+@DTYPES
+@SIZES
+@OFFSETS
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+def test_finish(ops, dtype, size, offset, flip, method):
+    """dopri5 has its solution already, tsit5 sums it."""
+    tableau = TABLEAUX[method]
+    solution = [] if tableau["solution_is_last_stage"] else tableau["b"]
+    case, device = finish_case(size, dtype, offset)
+    tol = tolerances("host", size, dtype)
+    check_finish(ops, case, device, (solution, tableau["e"]), flip, tol, [0, size], offset == 0)
+
+
+@DTYPES
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("method", [name for name, t in TABLEAUX.items() if t["adaptive"]])
+def test_finish_of_every_method(ops, method, flip, dtype):
+    tableau = TABLEAUX[method]
+    for solution in ([], tableau["b"]):
+        case, device = finish_case(1030, dtype, stages=tableau["stages"])
+        tol = tolerances("host", 1030, dtype)
+        check_finish(ops, case, device, (solution, tableau["e"]), flip, tol, [0, 1030])
+
+
+@DTYPES
+@OFFSETS
+@pytest.mark.parametrize("kind", ["host", "device", "each", "mixed"])
+def test_finish_tolerances(ops, kind, offset, dtype):
+    case, device = finish_case(2051, dtype, offset)
+    tol = tolerances(kind, 2051, dtype)
+    check_finish(ops, case, device, ([], TABLEAUX["dopri5"]["e"]), False, tol, [0, 2051])
+
+
+def test_finish_reads_numbers_on_host_and_device_alike(ops):
+    """0-dim tolerances on the device are read there, and rounded to the state's dtype as on the host."""
+    results = []
+    for kind in ("host", "device"):
+        case, device = finish_case(999, F32)
+        tol = tolerances(kind, 999, F32)
+        error = TABLEAUX["dopri5"]["e"]
+        results.append(check_finish(ops, case, device, ([], error), False, tol, [0, 999]))
+    assert torch.equal(*results)
+
+
+def cuts(size, parts):
+    """Adjacent segments of many lengths, some shorter than a group of 4."""
+    borders = sorted({0, size, *((i * i * 7 + 3 * i) % size for i in range(1, parts))})
+    return [at for pair in zip(borders, borders[1:]) for at in pair]
+
+
+SEGMENTS = {
+    "none": lambda n: [],
+    "all": lambda n: [0, n],
+    "two": lambda n: [0, n // 3, n // 3, n],
+    "gaps": lambda n: [1, 5, 7, n // 2, n // 2 + 3, n - 2],
+    "adjoint": lambda n: [0, 1, 1, n // 3, n // 3, n // 2 + 1, n // 2 + 1, n],
+    "many": lambda n: cuts(n, 60),
+    "many, through a table": lambda n: cuts(n, 400),
+    "first empty": lambda n: [0, 0, 0, n],
+    "first empty, behind a gap": lambda n: [5, 5, 5, n],
+    "later empty": lambda n: [0, 9, 9, 9, 9, n],
+}
+
+
+@DTYPES
+@OFFSETS
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_finish_segments(ops, name, offset, dtype):
+    size = 6007
+    segments = SEGMENTS[name](size)
+    case, device = finish_case(size, dtype, offset)
+    tol = tolerances("host", size, dtype)
+    error = TABLEAUX["dopri5"]["e"]
+    result = check_finish(ops, case, device, ([], error), False, tol, segments)
+    assert math.isnan(result[0].item()) == name.startswith("first empty")
+
+
+@pytest.mark.parametrize("size", [300_000, 600_001])
+@pytest.mark.parametrize("name", ["all", "two", "adjoint"])
+def test_finish_of_long_segments(ops, name, size):
+    """Segments whose ranges a whole block adds up."""
+    case, device = finish_case(size, F32)
+    tol = tolerances("host", size, F32)
+    error = TABLEAUX["bosh3"]["e"]
+    check_finish(ops, case, device, ([], error), False, tol, SEGMENTS[name](size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["all", "gaps", "many, through a table"])
+def test_finish_of_a_state_with_large_ranges(ops, name):
+    """More elements than 8192 ranges of 1024, and more ranges than blocks in flight."""
+    size = 20_000_003
+    case, device = finish_case(size, F32, stages=4)
+    tol = tolerances("host", size, F32)
+    error = TABLEAUX["bosh3"]["e"]
+    check_finish(ops, case, device, ([], error), False, tol, SEGMENTS[name](size))
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, 1, 2, 4000, 6006])
+def test_finish_flags_values_that_are_not_finite(ops, at, bad):
+    """Also between segments, where the norm does not look."""
+    size = 6007
+    error = TABLEAUX["dopri5"]["e"]
+    for segments in ([0, size], [1, 4000, 4001, 6000]):
+        case, device = finish_case(size, F64)
+        case[3][at] = bad
+        device[3].view[at] = bad
+        tol = tolerances("host", size, F64)
+        result = check_finish(ops, case, device, ([], error), False, tol, segments)
+        assert result[1].item() == 0.0
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_finish_takes_nan_as_python_s_max_does(ops, part):
+    size = 3000
+    segments = [0, 1000, 1000, 2000, 2000, 3000]
+    case, device = finish_case(size, F64)
+    case[1][2, 1000 * part + 17] = NAN
+    device[1].view[2, 1000 * part + 17] = NAN
+    tol = tolerances("host", size, F64)
+    error = TABLEAUX["dopri5"]["e"]
+    result = check_finish(ops, case, device, ([], error), False, tol, segments)
+    assert math.isnan(result[0].item()) == (part == 0)
+
+
+def test_finish_wants_sums_of_equal_length(ops):
+    (y0, k, _, y1), _ = finish_case(8, F64)
+    y0, k, y1 = (x.to(DEVICE) for x in (y0, k, y1))
+    tol = torch.tensor(1e-3, dtype=F64)
+    with pytest.raises(RuntimeError, match="solution must be empty or as long as error"):
+        ops.rk_finish(y0, k, False, [], y1, [1.0], [1.0, 2.0], 0.1, tol, tol, [0, 8])
+
+
+# ---- interpolation -----------------------------------------------------------------------------------
+
+
+@DTYPES
+@SIZES
+@OFFSETS
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_interpolate(ops, dtype, size, offset, times):
+    check_interpolate(ops, dtype, size, offset, times)
+
+
+@DTYPES
+@pytest.mark.parametrize("times", [127, 128, 129, 300])
+@pytest.mark.parametrize("size", [5, 64])
+def test_interpolate_at_more_times_than_fit_one_launch(ops, dtype, size, times):
+    check_interpolate(ops, dtype, size, 0, times)
+
+
+def check_interpolate(ops, dtype, size, offset, times):
+    h = 0.37
+    case, device = finish_case(size, dtype, offset)
+    x = [i / max(1, times - 1) for i in range(times)]
+    middle = TABLEAUX["dopri5"]["m"]
+    for flip in (False, True):
+        y0, k, _, y1 = case
+        y0_, k_, _, y1_ = (part.view for part in device)
+        on_cpu, eager = torch.full((2, times, size), NAN, dtype=dtype)
+        exact = torch.full((times, size), NAN, dtype=F64)
+        on_device = Guarded(on_cpu, offset)
+        ops.rk_interpolate(y0_, y1_, k_, flip, middle, h, x, on_device.view)
+        torch.ops.pycnf.rk_interpolate(y0, y1, k, flip, middle, h, x, on_cpu)
+        reference.rk_interpolate(y0, y1, k, flip, middle, h, x, eager)
+        wide = (part.double() for part in (y0, y1, k))
+        reference.rk_interpolate(*wide, flip, middle, h, x, exact)
+        assert_same_bits(on_device.view, on_cpu)
+        on_device.check()
+        if dtype == F64:
+            torch.testing.assert_close(on_device.view.cpu(), exact, rtol=1e-12, atol=1e-13)
+        assert_bounded(on_device.view, eager, exact)
+
+
+# ---- initial step ------------------------------------------------------------------------------------
+
+
+@DTYPES
+@OFFSETS
+@pytest.mark.parametrize("size", [0, 1, 5, 1025, 6007])
+@pytest.mark.parametrize("kind", ["host", "device", "each", "mixed"])
+@pytest.mark.parametrize("second", [False, True])
+def test_initial_norms(ops, dtype, offset, size, kind, second):
+    tensors = [normal(size, dtype=dtype, seed=seed) for seed in range(3)]
+    on_device = [Guarded(x, offset).view for x in tensors]
+    if not second:
+        tensors[2] = on_device[2] = None
+    (rtol, atol), (rtol_, atol_) = tolerances(kind, size, dtype)
+    for name in ("all", "many", "many, through a table") if size > 5 else ("all",):
+        segments = SEGMENTS[name](size)
+        exact = reference.rk_initial_norms(
+            *(x if x is None else x.double() for x in tensors), rtol, atol, segments
+        )
+        on_cpu = torch.ops.pycnf.rk_initial_norms(*tensors, rtol, atol, segments)
+        result = ops.rk_initial_norms(*on_device, rtol_, atol_, segments)
+        assert_norm(result, on_cpu)
+        torch.testing.assert_close(
+            result.cpu(), exact, rtol=1e-12 if dtype == F64 else 1e-5, atol=0.0, equal_nan=True
+        )
+
+
+# ---- rk_combine --------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 5, 7, 8, 9, 13, 14])
+@pytest.mark.parametrize("size", [0, 1, 6, 1029])
+def test_combine(ops, dtype, terms, size):
+    y = normal(size, dtype=dtype)
+    k = [normal(size, dtype=dtype, seed=j) for j in range(terms)]
+    weights = [0.0 if j % 5 == 2 else (-1) ** j / (j + 1) for j in range(terms)]
+    on_cpu = torch.ops.pycnf.rk_combine(y, k, weights, 0.3)
+    result = ops.rk_combine(y.to(DEVICE), [row.to(DEVICE) for row in k], weights, 0.3)
+    assert_same_bits(result, on_cpu)
+    exact = reference.rk_combine(y.double(), [row.double() for row in k], weights, 0.3)
+    eager = reference.rk_combine(y, k, weights, 0.3)
+    assert_bounded(result, eager, exact)
+
+
+def test_combine_of_strided_tensors(ops):
+    y = normal(6, 5, dtype=F64)
+    k = [normal(5, 6, dtype=F64, seed=1).t(), normal(6, 10, dtype=F64, seed=2)[:, ::2]]
+    result = ops.rk_combine(y.t().to(DEVICE).t(), [x.to(DEVICE) for x in k], [0.5, -2.0], 0.3)
+    assert_same_bits(result, torch.ops.pycnf.rk_combine(y, k, [0.5, -2.0], 0.3))
+
+
+def test_combine_gradients(ops):
+    y = normal(4, 3, dtype=F64).to(DEVICE).requires_grad_()
+    k = [normal(4, 3, dtype=F64, seed=j).to(DEVICE).requires_grad_() for j in (1, 2, 3)]
+    h = torch.tensor(0.3, dtype=F64, device=DEVICE, requires_grad=True)
+
+    def combined(y, h, *k):
+        return ops.rk_combine(y, list(k), [0.5, 0.0, -2.0], 0.3, h)
+
+    # h's number comes by value, so its gradient is checked against the reference's instead.
+    assert torch.autograd.gradcheck(lambda y, *k: combined(y, h.detach(), *k), (y, *k))
+    inputs = (y, h, *k)
+    mine = torch.autograd.grad(combined(*inputs).sin().sum(), inputs)
+    theirs = reference.rk_combine(y, k, [0.5, 0.0, -2.0], 0.3, h)
+    for a, b in zip(mine, torch.autograd.grad(theirs.sin().sum(), inputs)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+# ---- probes ------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (1, 1), (7, 3), (300, 2), (33, 5, 4), (9,)])
+def test_keys(ops, dtype, shape):
+    x = normal(*shape, dtype=dtype)
+    if x.numel():
+        x.view(-1)[0] = -0.0
+    keys = ops.probe_keys(x.to(DEVICE))
+    assert torch.equal(keys.cpu(), torch.ops.pycnf.probe_keys(x))
+    assert torch.equal(keys.cpu(), reference.probe_keys(x))
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [0, 1, 2, 3, 4, 5, 31, 127, 128, 129, 300])
+@pytest.mark.parametrize(("probes", "batch"), [(0, 3), (1, 0), (1, 5), (3, 70)])
+def test_rademacher(ops, dtype, features, probes, batch):
+    keys = torch.ops.pycnf.probe_keys(normal(batch, 2, dtype=dtype))
+    arguments = (-5, probes, features, False, dtype)
+    result = ops.probe_sample(keys.to(DEVICE), *arguments).cpu()
+    assert torch.equal(result, torch.ops.pycnf.probe_sample(keys, *arguments))
+    assert torch.equal(result, reference.probe_sample(keys, *arguments))
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [0, 1, 2, 3, 4, 5, 31, 129])
+@pytest.mark.parametrize(("probes", "batch"), [(0, 3), (1, 0), (1, 5), (3, 70)])
+def test_gaussian(ops, dtype, features, probes, batch):
+    keys = torch.ops.pycnf.probe_keys(normal(batch, 2, dtype=dtype))
+    arguments = (2**40 + 1, probes, features, True, dtype)
+    result = ops.probe_sample(keys.to(DEVICE), *arguments).cpu()
+    rtol, atol = (1e-13, 1e-14) if dtype == F64 else (2e-6, 2e-6)
+    for other in (torch.ops.pycnf, reference):
+        expected = other.probe_sample(keys, *arguments)
+        torch.testing.assert_close(result, expected, rtol=rtol, atol=atol)
+
+
+# ---- as a citizen of CUDA ----------------------------------------------------------------------------
+
+
+def every_op(ops, case, tol, segments, x, out):
+    """One call of each op; tensors on the device."""
+    y0, k, fresh, y1 = case
+    dopri5 = TABLEAUX["dopri5"]
+    keys = ops.probe_keys(y0.view(-1, 1))
+    return [
+        ops.rk_stage(y0, k, False, [fresh], dopri5["a"][3], 0.2),
+        ops.rk_finish(y0, k, False, [fresh], y1, dopri5["b"], dopri5["e"], 0.2, *tol, segments),
+        ops.rk_interpolate(y0, y1, k, False, dopri5["m"], 0.2, x, out),
+        out,
+        ops.rk_initial_norms(y0, fresh, None, *tol, segments),
+        ops.rk_combine(y0, [fresh, y1], [0.5, 0.25], 0.2),
+        keys,
+        ops.probe_sample(keys, 3, 2, 5, False, F32),
+        ops.probe_sample(keys, 3, 2, 5, True, F32),
+    ]
+
+
+def every_op_case(size=6000):
+    case, device = finish_case(size, F32)
+    x = [i / 200 for i in range(200)]
+    out = torch.full((len(x), size), NAN, device=DEVICE)
+    return [part.view for part in device], x, out
+
+
+@pytest.mark.parametrize("kind", ["host", "device", "each"])
+def test_no_op_waits_for_the_gpu(ops, kind):
+    case, x, out = every_op_case()
+    _, tol = tolerances(kind, 6000, F32)
+    segments = SEGMENTS["many, through a table"](6000)
+    every_op(ops, case, tol, segments, x, out)  # modules load lazily
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        every_op(ops, case, tol, segments, x, out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_same_bits_every_time(ops):
+    case, x, out = every_op_case(40_000)
+    _, tol = tolerances("host", 40_000, F32)
+    segments = SEGMENTS["adjoint"](40_000)
+    first = every_op(ops, case, tol, segments, x, out)
+    first[3] = out.clone()
+    for _ in range(5):
+        for a, b in zip(first, every_op(ops, case, tol, segments, x, out)):
+            assert a is b is None or torch.equal(a, b)
+
+
+def test_current_stream_is_used(ops):
+    """Work queued on a side stream is ordered after what that stream is busy with."""
+    case, x, out = every_op_case()
+    _, tol = tolerances("host", 6000, F32)
+    expected = every_op(ops, case, tol, [0, 6000], x, out)
+    expected[3] = out.clone()
+    spoiled = [part.clone().fill_(NAN) for part in case]
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for target, part in zip(spoiled, case):
+            target.copy_(part)
+        result = every_op(ops, spoiled, tol, [0, 6000], x, out)
+    side.synchronize()
+    for a, b in zip(expected, result):
+        assert a is b is None or torch.equal(a, b)
+
+
+def test_ops_can_be_captured(ops):
+    """Arguments travel by value, so a replay needs nothing that was the host's."""
+    case, x, out = every_op_case()
+    _, tol = tolerances("device", 6000, F32)
+    segments = SEGMENTS["many, through a table"](6000)
+    every_op(ops, case, tol, segments, x, out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = every_op(ops, case, tol, segments, x, out)
+    case[0].mul_(1.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    replayed = [None if part is None else part.clone() for part in captured]
+    for a, b in zip(replayed, every_op(ops, case, tol, segments, x, out)):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_state_s_device_is_used(ops):
+    case, x, out = every_op_case()
+    _, tol = tolerances("host", 6000, F32)
+    expected = every_op(ops, case, tol, [0, 6000], x, out)
+    other = torch.device("cuda", 1)
+    moved = [part.to(other) for part in case]
+    result = every_op(ops, moved, tol, [0, 6000], x, out.to(other))
+    for a, b in zip(expected, result):
+        assert a is b is None or (b.device == other and torch.equal(a.cpu(), b.cpu()))
+
+
+def test_mixed_devices_are_refused(ops):
+    y0, k = torch.zeros(4), torch.zeros(2, 4)
+    with pytest.raises(RuntimeError, match="k must have y0's dtype and device"):
+        ops.rk_stage(y0.to(DEVICE), k, False, [], [1.0], 0.1)
+    with pytest.raises(RuntimeError, match="y0 must be on the GPU"):
+        ops.rk_stage(y0, k.to(DEVICE), False, [], [1.0], 0.1)
+    k, tol = k.to(DEVICE), torch.tensor([1e-3], dtype=F64)
+    y0 = y0.to(DEVICE)
+    with pytest.raises(RuntimeError, match="rtol must be 0-dim or have one value per value"):
+        ops.rk_finish(y0, k, False, [], y0.clone(), [], [1.0], 0.1, tol, tol, [0, 4])
+
+
+def test_opcheck():
+    case, x, out = every_op_case(24)
+    y0, k, fresh, y1 = case
+    tol = torch.tensor(1e-3, dtype=F64)
+    ratio = torch.empty_like(y0)
+    keys = torch.arange(3, device=DEVICE)
+    ops = torch.ops.pycnf
+    for op, arguments in [
+        (ops.rk_stage, (y0, k, False, [fresh], [0.5, 0.25], 0.1)),
+        (ops.rk_finish, (y0, k, True, [fresh], y1, [], [0.5] * 7, 0.1, tol, tol, [0, 24], ratio)),
+        (ops.rk_interpolate, (y0, y1, k, False, [0.5] * 7, 0.1, x, out)),
+        (ops.rk_initial_norms, (y0, fresh, None, tol, tol, [0, 24])),
+        (ops.rk_combine, (y0, [fresh], [0.5], 0.1)),
+        (ops.probe_keys, (y0.view(8, 3),)),
+        (ops.probe_sample, (keys, 3, 2, 5, True, F32)),
+    ]:
+        torch.library.opcheck(op.default, arguments)
+
+
+# ---- whole solves ------------------------------------------------------------------------------------
+
+ADAPTIVE = [name for name, tableau in TABLEAUX.items() if tableau["adaptive"]]
+FIXED = [name for name, tableau in TABLEAUX.items() if not tableau["adaptive"]]
+
+
+class Predation(torch.nn.Module):
+    """Lotka-Volterra; products and sums only, so that CPU and GPU evaluate it to the same bits."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.rates = torch.nn.Parameter(torch.tensor([1.5, 1.0, 3.0, 0.7], dtype=dtype))
+        self.times = []
+
+    def forward(self, t, y):
+        self.times.append(t.detach().cpu())
+        a, b, c, d = self.rates
+        prey, predator = y[..., 0], y[..., 1]
+        return torch.stack([prey * a - prey * predator * b, prey * predator * d - predator * c], -1)
+
+
+def solve(device, method, dtype, solver="odeint", reverse=False, **keywords):
+    field = Predation(dtype).to(device)
+    y0 = (1 + normal(37, 2, dtype=dtype).abs()).to(device).requires_grad_()
+    t = torch.linspace(0, 2, 9 if method in ADAPTIVE else 33, dtype=dtype, device=device)
+    tol = {"rtol": 1e-5, "atol": 1e-6} if method in ADAPTIVE else {}
+    ys = getattr(pycnf, solver)(field, y0, t.flip(0) if reverse else t, method=method, **tol, **keywords)
+    gradients = torch.autograd.grad(ys[-1].pow(2).sum(), [y0, field.rates])
+    return ys.detach().cpu(), torch.stack(field.times), [g.cpu() for g in gradients]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+@pytest.mark.parametrize("method", ADAPTIVE + FIXED)
+def test_odeint_takes_the_steps_it_takes_on_the_cpu(method, dtype, reverse):
+    """The field is evaluated at the same times, and everything but the gradients' sums agrees."""
+    ys, times, gradients = solve(DEVICE, method, dtype, reverse=reverse)
+    ys_cpu, times_cpu, gradients_cpu = solve("cpu", method, dtype, reverse=reverse)
+    rtol, atol = (1e-10, 1e-12) if dtype == F64 else (1e-4, 1e-5)
+    torch.testing.assert_close(times, times_cpu, rtol=1e-6 if dtype == F32 else 1e-12, atol=0.0)
+    torch.testing.assert_close(ys, ys_cpu, rtol=rtol, atol=atol)
+    for a, b in zip(gradients, gradients_cpu):
+        torch.testing.assert_close(a, b, rtol=10 * rtol, atol=10 * atol * b.abs().max().item())
+
+
+@pytest.mark.parametrize("gradient", ["continuous", "discrete"])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "rk4"])
+def test_odeint_adjoint(method, gradient):
+    """The adjoint's state has a segment for each parameter, and an odd size."""
+    ys, times, gradients = solve(DEVICE, method, F64, "odeint_adjoint", gradient=gradient)
+    ys_cpu, times_cpu, gradients_cpu = solve("cpu", method, F64, "odeint_adjoint", gradient=gradient)
+    assert len(times) == len(times_cpu)
+    torch.testing.assert_close(ys, ys_cpu, rtol=1e-10, atol=1e-12)
+    for a, b in zip(gradients, gradients_cpu):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9 * b.abs().max().item())
+
+
+def test_odeint_of_a_tuple():
+    def field(t, state):
+        y, total = state
+        return -y * y + t, y.sum(-1)
+
+    results = []
+    for device in (DEVICE, "cpu"):
+        state = (normal(11, 3, dtype=F64).abs().to(device), torch.zeros(11, dtype=F64, device=device))
+        t = torch.tensor([0.0, 0.5, 1.7], dtype=F64, device=device)
+        results.append([part.cpu() for part in pycnf.odeint(field, state, t, rtol=1e-6, atol=1e-8)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_at_most_one_sync_an_attempt(monkeypatch):
+    """Counted as warnings of PyTorch's own sync detector."""
+    import warnings
+
+    size = []
+
+    def field(t, y):
+        size.append(y.numel())
+        return -y
+
+    y0 = torch.ones(64, 2, device=DEVICE)
+    t = torch.tensor([0.0, 1.0])
+    pycnf.odeint(field, y0, t, rtol=1e-6, atol=1e-6)
+    size.clear()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pycnf.odeint(field, y0, t, rtol=1e-6, atol=1e-6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    syncs = [w for w in caught if "synchroniz" in str(w.message).lower()]
+    attempts = (len(size) - 2) // 6
+    # Two for the initial step, and those of the arguments' checks.
+    assert len(syncs) <= attempts + 6
+
+
+def test_compiled_ops_serve_the_gpu():
+    assert _ops.has_kernels(F32, torch.device(DEVICE))
