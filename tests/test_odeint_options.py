@@ -4,6 +4,7 @@ Every comparison also checks, on the reference, that the option matters on the c
 option that changed nothing would make its test unable to fail.
 """
 
+import functools
 import warnings
 
 import pytest
@@ -50,6 +51,12 @@ def times_of(run):
     return torch.stack(run.times).tolist()
 
 
+@functools.cache
+def default_times(problem, method, tol):
+    """When torchdiffeq calls the field without options, to see that an option matters."""
+    return times_of(solve(torchdiffeq, problem, method, rtol=tol, atol=tol))
+
+
 def double(*values):
     return torch.tensor(values, dtype=F64)
 
@@ -66,7 +73,7 @@ ADAPTIVE_OPTIONS = {
     "ifactor": {"ifactor": 1.3},
     "dfactor": {"dfactor": 0.75},
     "dfactor as a tensor": {"dfactor": double(0.75)[0]},
-    "min_step": {"min_step": 0.05},
+    "min_step": {"min_step": 0.2},
     "max_step": {"max_step": 0.02},
     "min_step and max_step": {"min_step": 0.02, "max_step": 0.04},
     "step_t": {"step_t": double(0.1, 0.55, 1.0, 2.0)},
@@ -83,10 +90,9 @@ ADAPTIVE_OPTIONS = {
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_adaptive_options(method, options):
     """The same calls with the option, and on the reference another number of them without it."""
-    tol = max(TOLERANCE[F64][method], 1e-6)
+    tol = TOLERANCE[F32][method]
     mine, theirs = both(pulse, method, rtol=tol, atol=tol, options=options)
-    default = solve(torchdiffeq, pulse, method, rtol=tol, atol=tol)
-    assert times_of(theirs) != times_of(default), "this option does nothing here"
+    assert times_of(theirs) != default_times(pulse, method, tol), "this option does nothing here"
     assert_same_run(mine, theirs, method, "first_step" in options)
     assert not mine.warnings
 
@@ -139,16 +145,18 @@ def test_max_num_steps_is_per_output_interval(method, reverse):
     t = double(3.0, 1.5, 0.0) if reverse else double(0.0, 1.5, 3.0)
     if reverse:
         y0 = y0 * 0.01
-    tol = max(TOLERANCE[F64][method], 1e-5)
+    tol = max(TOLERANCE[F64][method], 1e-4)
+
+    keywords = {"method": method, "rtol": tol, "atol": tol}
 
     def run(library, limit):
-        keywords = {"method": method, "rtol": tol, "atol": tol}
-        keywords["options"] = {"max_num_steps": limit}
-        return outcome(lambda: library.odeint(field, y0, t, **keywords))
+        options = {"max_num_steps": limit}
+        return outcome(lambda: library.odeint(field, y0, t, options=options, **keywords))
 
-    attempts = record(torchdiffeq, field, y0, t, method=method, rtol=tol, atol=tol).attempts
-    limit = next(n for n in range(1, attempts + 1) if torch.is_tensor(run(torchdiffeq, n)))
-    assert limit < attempts, "the limit would be total"
+    first = record(torchdiffeq, field, y0, t[:2], **keywords).attempts
+    second = record(torchdiffeq, field, y0, t, **keywords).attempts - first
+    limit = max(first, second)
+    assert second > 1, "a total limit would pass as well"
     assert_close(run(pycnf, limit), run(torchdiffeq, limit), *value_tolerance(method))
     text = f"max_num_steps exceeded ({limit - 1}>={limit - 1})"
     assert run(pycnf, limit - 1) == run(torchdiffeq, limit - 1) == (AssertionError, text)
@@ -200,8 +208,7 @@ def test_lists_are_not_negated(method, name):
     assert times_of(theirs) == times_of(as_tensor)
     assert_same_run(mine, theirs, method)
     mine, theirs = both_record(saw, y0, t, options={name: [0.5, 1.25]}, **keywords)
-    plain = record(torchdiffeq, saw, y0, t, **keywords)
-    assert times_of(theirs) == times_of(plain)
+    assert times_of(theirs) != times_of(as_tensor)
     assert_same_run(mine, theirs, method)
 
 
@@ -225,7 +232,7 @@ def test_prescribed_times_at_the_ends(method):
     y0, t = double(1.0, -1.0), double(0.5, 1.0, 2.0)
     for name in ("step_t", "jump_t"):
         for values in (double(0.5, 2.0), double(0.5), double(2.0), double(0.1), double(0.1, 0.7)):
-            keywords = {"method": method, "rtol": 1e-4, "atol": 1e-4, "options": {name: values}}
+            keywords = {"method": method, "rtol": 1e-3, "atol": 1e-3, "options": {name: values}}
             mine, theirs = both_record(saw, y0, t, **keywords)
             assert_same_run(mine, theirs, method)
 
@@ -344,7 +351,7 @@ def test_fixed_methods_ignore_a_norm(method):
 TENSOR_TOLERANCES = {
     "0-dim tensor": lambda: double(1e-4)[0],
     "0-dim f32 tensor": lambda: torch.tensor(1e-4),
-    "per element": lambda: double(1e-2, 1e-6, 1e-4),
+    "per element": lambda: double(1e-2, 1e-5, 1e-4),
     "int": lambda: 1,
     "zero": lambda: 0.0,
 }
@@ -356,18 +363,17 @@ TENSOR_TOLERANCES = {
 def test_tolerances_of_a_tensor_state(method, kind, which):
     keywords = {"rtol": 1e-3, "atol": 1e-3, which: TENSOR_TOLERANCES[kind]()}
     mine, theirs = both(pulse, method, **keywords)
-    default = solve(torchdiffeq, pulse, method, rtol=1e-3, atol=1e-3)
-    assert times_of(theirs) != times_of(default)
+    assert times_of(theirs) != default_times(pulse, method, 1e-3)
     assert_same_run(mine, theirs, method)
 
 
 TUPLE_TOLERANCES = {
-    "tuple": lambda: (1e-2, 1e-6, 1e-4),
-    "list": lambda: [1e-2, 1e-6, 1e-4],
-    "1-d tensor": lambda: double(1e-2, 1e-6, 1e-4),
-    "tuple of tensors": lambda: (double(1e-2)[0], double(1e-6), torch.tensor(1e-4)),
-    "generator": lambda: (tol for tol in (1e-2, 1e-6, 1e-4)),
-    "0-dim tensor": lambda: double(1e-6)[0],
+    "tuple": lambda: (1e-2, 1e-5, 1e-4),
+    "list": lambda: [1e-2, 1e-5, 1e-4],
+    "1-d tensor": lambda: double(1e-2, 1e-5, 1e-4),
+    "tuple of tensors": lambda: (double(1e-2)[0], double(1e-5), torch.tensor(1e-4)),
+    "generator": lambda: (tol for tol in (1e-2, 1e-5, 1e-4)),
+    "0-dim tensor": lambda: double(1e-5)[0],
 }
 
 
@@ -376,12 +382,11 @@ TUPLE_TOLERANCES = {
 @pytest.mark.parametrize("method", REPRESENTATIVE)
 def test_tolerances_of_a_tuple_state(method, kind, which):
     mine, theirs = (
-        solve(library, driven_pendulum, method, **{"rtol": 1e-4, "atol": 1e-4, which: make()})
+        solve(library, driven_pendulum, method, **{"rtol": 1e-3, "atol": 1e-3, which: make()})
         for library in (pycnf, torchdiffeq)
         for make in [TUPLE_TOLERANCES[kind]]
     )
-    default = solve(torchdiffeq, driven_pendulum, method, rtol=1e-4, atol=1e-4)
-    assert times_of(theirs) != times_of(default)
+    assert times_of(theirs) != default_times(driven_pendulum, method, 1e-3)
     assert_same_run(mine, theirs, method)
 
 
@@ -409,6 +414,14 @@ def test_tolerance_of_the_state_s_own_shape(method):
 
 # --- fixed grids ------------------------------------------------------------------------------
 
+
+def bent_grid(t):
+    x = torch.linspace(0, 1, 12, dtype=t.dtype) ** 2
+    grid = t[0] + x * (t[-1] - t[0])
+    grid[-1] = t[-1]
+    return grid
+
+
 FIXED_OPTIONS = {
     "step_size": {"step_size": 0.1},
     "step_size that does not divide": {"step_size": 0.37},
@@ -418,7 +431,7 @@ FIXED_OPTIONS = {
     "cubic on the grid of outputs": {"interp": "cubic"},
     "perturb": {"step_size": 0.25, "perturb": True},
     "perturb, cubic": {"step_size": 0.3, "perturb": True, "interp": "cubic"},
-    "grid_constructor": {"grid_constructor": lambda f, y, t: torch.linspace(t[0], t[-1], 11).to(t)},
+    "grid_constructor": {"grid_constructor": lambda f, y, t: bent_grid(t)},
 }
 
 
@@ -607,7 +620,7 @@ def test_callbacks(method, problem, reverse):
         field, y0, t = problem(F64)
         watched = WithCallbacks(field, names)
         t = t.flip(0) / 3 if reverse else t
-        tol = max(TOLERANCE[F64].get(method, 1e-4), 1e-4)
+        tol = {**TOLERANCE[F32], "dopri8": 1e-6}.get(method, 1e-4)
         ys = library.odeint(watched, y0, t, method=method, rtol=tol, atol=tol)
         return ys, watched.log
 

@@ -21,7 +21,7 @@ struct FinishArguments {
 };
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, /*blocks on a multiprocessor at once*/ 4)
     finish_kernel(const __grid_constant__ FinishArguments<T> p,
                   const __grid_constant__ NormLayout layout,
                   NormPartial* partials) {  // [ranges]
@@ -30,18 +30,17 @@ __global__ void __launch_bounds__(kThreads)
     NormPartial partial = {{0., 0.}, 0};
     const auto body = [&](auto width, int64_t i) {
       constexpr int w = decltype(width)::value;
-      store_fresh<w>(p.fresh, p.fresh_row, i);
       const Group<T, w> y0 = load<w>(p.y0 + i);
+      Group<T, w> y1;
+      if (!p.writes_solution) y1 = load<w>(p.y1 + i);
       Group<T, w> sums[2];
       weighted_sums(p.rows, i, sums);
-      Group<T, w> y1;
       if (p.writes_solution) {
 #pragma unroll
         for (int e = 0; e < w; ++e) y1.value[e] = y0.value[e] + sums[0].value[e];
         store<w>(p.y1 + i, y1);
-      } else {
-        y1 = load<w>(p.y1 + i);
       }
+      store_fresh<w>(p.fresh, p.fresh_row, i);
       Group<T, w> ratio;
 #pragma unroll
       for (int e = 0; e < w; ++e) {

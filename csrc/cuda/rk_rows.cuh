@@ -96,6 +96,7 @@ __device__ inline Group<T, kWidth> advance(const T* y0, const PackedRows<T, 1>& 
   return sum[0];
 }
 
+// Comes after the sums, which have brought the row into the cache: a store waits for its value, and the loads behind it too.
 template <int kWidth, typename T>
 __device__ inline void store_fresh(const T* fresh, T* fresh_row, int64_t i) {
   if (fresh != nullptr) store<kWidth>(fresh_row + i, load<kWidth>(fresh + i));

@@ -20,8 +20,8 @@ template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) stage_kernel(const __grid_constant__ StageArguments<T> p) {
   for_each_group<kWidth>(0, p.size, global_thread(), global_threads(), [&](auto width, int64_t i) {
     constexpr int w = decltype(width)::value;
-    store_fresh<w>(p.fresh, p.fresh_row, i);
     store<w>(p.out + i, advance<w>(p.y0, p.terms, i));
+    store_fresh<w>(p.fresh, p.fresh_row, i);
   });
 }
 

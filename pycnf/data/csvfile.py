@@ -31,7 +31,9 @@ def read_csv(path: Path) -> tuple[list[str], Callable[[Sequence[int]], np.ndarra
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text; save it as CSV with UTF-8 encoding.") from error
+        raise InputError(
+            f"{path} is not UTF-8 text; save it as CSV with UTF-8 encoding."
+        ) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     if "\0" in text:
@@ -84,7 +86,10 @@ def _bad_cell(
         for j in keep:
             if _is_number(row[j]):
                 continue
-            cell, where = row[j].strip(), f"{path}: row {i + 1} (line {lines[i]}), column '{names[j]}'"
+            cell, where = (
+                row[j].strip(),
+                f"{path}: row {i + 1} (line {lines[i]}), column '{names[j]}'",
+            )
             if cell.lower() in MISSING:
                 what = f"holds '{cell}'" if cell else "is empty"
                 return InputError(

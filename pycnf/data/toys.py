@@ -28,7 +28,9 @@ def pinwheel(n: int, rng: Generator) -> np.ndarray:
     tangential = 0.1 * rng.standard_normal(n)
     angle = arm + 0.25 * np.exp(radial)
     cos, sin = np.cos(angle), np.sin(angle)
-    return 2.0 * np.stack([radial * cos - tangential * sin, radial * sin + tangential * cos], axis=1)
+    return 2.0 * np.stack(
+        [radial * cos - tangential * sin, radial * sin + tangential * cos], axis=1
+    )
 
 
 def two_spirals(n: int, rng: Generator) -> np.ndarray:

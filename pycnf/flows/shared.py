@@ -7,7 +7,7 @@ solve a flow and its adjoint. The stages run in compiled ops around the field's 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from .control import (
     trial_step,
 )
 from .errors import SolveError
+
+# A step this small, relative to the interval, is no step any more.
+TINY = 1e-13
 
 
 @dataclass(frozen=True)
@@ -135,9 +138,9 @@ class _Fixed:
             y1 = self._step(y, step, first if i == 0 else None)
             if not torch.isfinite(y1).all():
                 raise SolveError(
-                    f"values are not finite at t = {t_next:.6g}, after a step of size "
-                    f"{step.h:.3g} of {self.tableau.name}, "
-                    f"{_worst(self.system, y1 - y1)}; take smaller steps or an adaptive method"
+                    f"values are not finite at t = {t_next:.6g} after a step of size "
+                    f"{abs(step.h):.3g}: sample {_worst(self.system, y1 - y1)}. Take smaller "
+                    "steps, or an adaptive method"
                 )
             self.system.accept(step, y, self.tableau)
             y = y1
@@ -178,16 +181,12 @@ class _Adaptive:
         self.y = y
         self.t = start
         self.end = end
+        self.length = abs(end - start)
         self.direction = math.copysign(1.0, end - start)
 
     def run(self, first: Sequence[Tensor] | None) -> Outcome:
         self._evaluate_first(first)
-        if not (torch.isfinite(self.y).all() and torch.isfinite(self.rows.row(0)).all()):
-            what = "the state is" if not torch.isfinite(self.y).all() else "the field is"
-            bad = self.y - self.y + (self.rows.row(0) - self.rows.row(0))
-            raise SolveError(
-                f"{what} not finite at the start, t = {self.t:.6g}, {_worst(self.system, bad)}"
-            )
+        self._check_start()
         size = self._first_size()
         accepted = rejected = 0
         while True:
@@ -195,25 +194,43 @@ class _Adaptive:
             size = min(size, self.control.max_step)
             last = size >= left * (1 - CLOSE)
             taken = left if last else size
-            t_next = self.end if last else self.t + self.direction * taken
-            h_slope = (-1.0, 1.0) if last else (0.0, 0.0)
-            step = Step(self.t, self.direction * taken, t_next, h_slope=h_slope)
-            y1, error = self._attempt(step)
+            step = Step(
+                self.t,
+                self.direction * taken,
+                self.end if last else self.t + self.direction * taken,
+                h_slope=(-1.0, 1.0) if last else (0.0, 0.0),
+            )
+            exhausted = accepted + rejected + 1 >= self.control.max_num_steps
+            ratio = torch.empty_like(self.y) if exhausted else None
+            y1, error = self._attempt(step, ratio)
+            grown = taken * self.control.factor(error, self.tableau.order)
             if error <= 1:
                 accepted += 1
                 self.system.accept(step, self.y, self.tableau)
-            else:
-                rejected += 1
-            grown = taken * self.control.factor(error, self.tableau.order)
-            if error <= 1:
                 if last:
                     return Outcome(y1, max(size, grown), accepted, rejected)
-                self.y, self.t = y1, t_next
+                self.y, self.t = y1, step.t_next
+            else:
+                rejected += 1
+            if exhausted:
+                self._fail(
+                    f"max_num_steps ({self.control.max_num_steps}) exceeded",
+                    "loosen rtol and atol, or raise max_num_steps",
+                    grown, error, y1, ratio,
+                )  # fmt: skip
+            if grown < TINY * self.length:
+                ratio = torch.empty_like(self.y)
+                self.rows.error_norm(self.y, y1, step.h, ratio)
+                self._fail(
+                    "underflow of the step size",
+                    "the field may be stiff or discontinuous there, or the tolerances too tight",
+                    grown, error, y1, ratio,
+                )  # fmt: skip
+            if error <= 1:
                 if self.tableau.solution_is_last_stage:
                     self.rows.advance()
                 else:
                     self._evaluate_first(None)
-            self._check(step, y1, error, grown, accepted + rejected)
             size = grown
 
     def _evaluate_first(self, first: Sequence[Tensor] | None) -> None:
@@ -221,22 +238,30 @@ class _Adaptive:
             first = self.system.at([self.t], [0])[0](self.y)
         self.rows.store(0, first)
 
+    def _check_start(self) -> None:
+        f0 = self.rows.row(0)
+        for what, values in (("the state is", self.y), ("the field is", f0)):
+            if not torch.isfinite(values).all():
+                raise SolveError(
+                    f"{what} not finite at the start of the solve, t = {self.t:.6g}: "
+                    f"sample {_worst(self.system, values - values)}"
+                )
+
     def _first_size(self) -> float:
         """Hairer's first step; the field is evaluated once more, within the interval."""
-        length = abs(self.end - self.t)
         if self.control.first_step is not None:
             return self.control.first_step
         f0 = self.rows.row(0)
         d0, d1 = self.rows.initial_norms(self.y, f0)
-        h0 = trial_step(d0, d1, length)
+        h0 = trial_step(d0, d1, self.length)
         trial = torch.add(self.y, f0, alpha=self.direction * h0)
         self.rows.store(1, self.system.at([self.t + self.direction * h0], [1])[0](trial))
         d2 = self.rows.initial_norms(self.y, f0, self.rows.row(1))[0] / h0
         if not math.isfinite(d2):
             return h0 * self.control.dfactor
-        return initial_step(h0, d1, d2, self.tableau.order, length)
+        return initial_step(h0, d1, d2, self.tableau.order, self.length)
 
-    def _attempt(self, step: Step) -> tuple[Tensor, float]:
+    def _attempt(self, step: Step, ratio: Tensor | None) -> tuple[Tensor, float]:
         """The state after a step and its error norm, infinite where values are not finite."""
         stages = range(1, self.tableau.stages)
         times = stage_times(self.tableau, step.t, step.h, step.t_next)[1:]
@@ -245,36 +270,21 @@ class _Adaptive:
         for i, field in zip(stages, self.system.at(times, stages)):
             y = self.rows.stage(self.y, i, fresh, step.h)
             fresh = field(y)
-        y1, norm = self.rows.finish(self.y, y, fresh, step.h)
+        y1, norm = self.rows.finish(self.y, y, fresh, step.h, ratio)
         error, finite = norm.tolist()
         return y1, error if finite and math.isfinite(error) else math.inf
 
-    def _check(self, step: Step, y1: Tensor, error: float, size: float, attempts: int) -> None:
-        """Raises when a next attempt, of the given size, has no use."""
-        if attempts >= self.control.max_num_steps:
-            problem = f"max_num_steps ({self.control.max_num_steps}) exceeded"
-            remedy = "loosen rtol and atol, or raise max_num_steps"
-        elif self.t + self.direction * size * 0.01 == self.t:
-            problem = "underflow of the step size"
-            remedy = "the field may be stiff or discontinuous there, or the tolerances too tight"
-        else:
-            return
+    def _fail(
+        self, problem: str, remedy: str, size: float, error: float, y1: Tensor, ratio: Tensor
+    ) -> NoReturn:
         if error == math.inf:
-            problem += " because values are not finite"
-            bad = y1 - y1
-        else:
-            bad = torch.empty_like(self.y)
-            if error > 1:
-                self.rows.error_norm(self.y, y1, step.h, bad)
-            else:  # accepted: the rows have moved on, the step counts for all
-                bad = (y1 - self.y).abs() if y1 is not self.y else y1.abs()
+            problem += " (values are not finite)"
         raise SolveError(
-            f"{problem} at t = {self.t:.6g} with step size {size:.3g}, "
-            f"{_worst(self.system, bad)}; {remedy}"
+            f"{problem} at t = {self.t:.6g} with step size {size:.3g}; the largest error is that "
+            f"of sample {_worst(self.system, ratio + (y1 - y1))}. {remedy[0].upper()}{remedy[1:]}"
         )
 
 
-def _worst(system: System, ratio: Tensor) -> str:
-    errors = system.errors_of_samples(ratio)
-    worst = int(errors.nan_to_num(nan=math.inf, posinf=math.inf).argmax())
-    return f"sample {worst} worst"
+def _worst(system: System, ratio: Tensor) -> int:
+    """The sample with the largest error, NaN being larger than anything."""
+    return int(system.errors_of_samples(ratio).nan_to_num(math.inf, math.inf).argmax())

@@ -7,18 +7,21 @@ left to it here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pycnf._ops import has_kernels
+from pycnf._ops import has_kernels, time_tensors
 from pycnf.odeint import rounding
 from pycnf.odeint.norms import flat_to_shapes
 from pycnf.odeint.problem import Problem, warn_unused
 from pycnf.odeint.stepper import Rows, combine
 from pycnf.odeint.tableau import Tableau
+
+# Steps whose times are made by one op.
+_STEPS_AT_ONCE = 64
 
 
 class FixedGridSolver:
@@ -81,19 +84,38 @@ class FixedGridSolver:
         graph = torch.is_grad_enabled() and (grid.requires_grad or s.requires_grad)
         pieces: list[Tensor] = [y0]
         y = y0
-        for i in range(len(values) - 1):
+        round_ = rounding.rounding(s.dtype)
+        for i, times in enumerate(self._all_times(grid.detach())):
             ends = (values[i], values[i + 1])
             ends_graph = (grid[i], grid[i + 1]) if graph else None
-            ds = rounding.rounding(s.dtype)(ends[1] - ends[0])
-            problem.notify("callback_step", ends[0], y, ds, s.dtype)
+            if problem.callbacks:
+                problem.notify("callback_step", ends[0], y, round_(ends[1] - ends[0]), s.dtype)
             if self.tape is not None:
                 self.tape.append(y)
-            y1, f0 = self._step(y, ends, ends_graph)
+            y1, f0 = self._step(y, ends, ends_graph, times)
             while len(pieces) < len(outputs) and ends[1] >= outputs[len(pieces)]:
                 at = s[len(pieces)]
                 pieces.append(self._interpolate(y, y1, f0, ends, ends_graph, at))
             y = y1
         return torch.stack([piece.to(y0.dtype) for piece in pieces])
+
+    def _all_times(self, grid: Tensor) -> Iterator[list[Tensor]]:
+        """What `_stage_time` gives, for every stage of one step after the other, made for many steps at once."""
+        dtype = rounding.real_dtype(self.problem.y0.dtype)
+        start, end = grid[:-1, None], grid[1:, None]
+        nodes = torch.tensor(self.tableau.c, dtype=grid.dtype, device=grid.device)
+        at_end = nodes == 1.0
+        s = torch.where(at_end, end, start + nodes * (end - start)).to(dtype)
+        if self.perturb:
+            s[:, 0] = torch.nextafter(s[:, 0], s[:, 0] + 1)
+            s = torch.where(at_end, torch.nextafter(s, s - 1), s)
+        rows = (self.problem.sign * s).tolist()
+        stages = self.tableau.stages
+        for begin in range(0, len(rows), _STEPS_AT_ONCE):
+            some = rows[begin : begin + _STEPS_AT_ONCE]
+            flat = time_tensors([t for row in some for t in row], dtype, self.problem.y0.device)
+            for i in range(len(some)):
+                yield flat[i * stages : (i + 1) * stages]
 
     def keep_start(self) -> None:
         """Makes the tape independent of the caller's y0."""
@@ -108,7 +130,7 @@ class FixedGridSolver:
         outputs: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
         """A step again with its graph: its end, and the states at output times [n] within it."""
-        y1, f0 = self._step(y0, ends, ends_graph)
+        y1, f0 = self._step(y0, ends, ends_graph, None)
         shown = [self._interpolate(y0, y1, f0, ends, ends_graph, at) for at in outputs.unbind()]
         return y1, [state.to(self.problem.y0.dtype) for state in shown]
 
@@ -119,45 +141,47 @@ class FixedGridSolver:
         y0: Tensor,
         ends: tuple[float, float],
         ends_graph: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The state after a step, and the slope at its start.
+        times: list[Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The state after a step, and the slope at its start if it is needed for interpolation.
 
         Args:
             ends: start and end in ascending time; ends_graph: the same as 0-dim tensors if they carry a graph.
+            times: of the stages, as `_stage_time` gives them; None for a step that certainly has a graph.
         """
         problem, tableau = self.problem, self.tableau
-        fresh = problem_call(problem, self._stage_time(y0, 0, ends, ends_graph), y0)
-        h = problem.sign * rounding.rounding(problem.s.dtype)(ends[1] - ends[0])
-        if not self._runs_compiled(y0, fresh, ends_graph):
+        compiled = times is not None and ends_graph is None and self._suits_kernels(y0)
+        first = times[0] if compiled else self._stage_time(y0, 0, ends, ends_graph)
+        fresh = problem_call(problem, first, y0)
+        if not (compiled and self._agrees(fresh, y0)):
             return self._differentiable_step(y0, fresh, ends, ends_graph)
         if self.rows is None:
             self.rows = Rows(tableau, y0)
         rows = self.rows
-        first = None
-        if self.interp == "cubic":
-            first = problem.as_state(fresh, y0).clone()
+        h = problem.sign * (ends[1] - ends[0])
+        f0 = problem.as_state(fresh, y0).clone() if self.interp == "cubic" else None
         for stage in range(1, tableau.stages):
             y = rows.stage(y0, stage, fresh, h)
-            fresh = problem_call(problem, self._stage_time(y0, stage, ends, None), y)
-            if not self._runs_compiled(y0, fresh, None):
+            fresh = problem_call(problem, times[stage], y)
+            if not self._agrees(fresh, y0):
                 done = [[rows.row(j).clone().view_as(y0)] for j in range(stage)]
                 return self._differentiable_step(y0, fresh, ends, None, done)
-        return rows.solve(y0, fresh, h), first
+        return rows.solve(y0, fresh, h), f0
 
-    def _runs_compiled(
-        self, y0: Tensor, fresh: list[Tensor], ends_graph: tuple[Tensor, Tensor] | None
-    ) -> bool:
-        if not has_kernels(y0.dtype, y0.device) or ends_graph is not None:
+    def _suits_kernels(self, y0: Tensor) -> bool:
+        if not has_kernels(y0.dtype, y0.device) or (y0.requires_grad and torch.is_grad_enabled()):
             return False
-        if y0.dim() == 0 and self.problem.s.dtype != y0.dtype:
-            return False
+        return y0.dim() > 0 or self.problem.s.dtype == y0.dtype
+
+    def _agrees(self, fresh: list[Tensor], y0: Tensor) -> bool:
+        """Whether what the field returned goes into the compiled step without promotion, broadcast or graph."""
         if self.problem.shapes is None and fresh[0].shape != y0.shape:
             return False
-        if any(part.dtype != y0.dtype for part in fresh):
-            return False
-        return not torch.is_grad_enabled() or not (
-            y0.requires_grad or any(part.requires_grad for part in fresh)
-        )
+        grad = torch.is_grad_enabled()
+        for part in fresh:
+            if part.dtype != y0.dtype or (grad and part.requires_grad):
+                return False
+        return True
 
     def _differentiable_step(
         self,

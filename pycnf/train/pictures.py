@@ -119,9 +119,7 @@ def flow_panels(model: Model, data: Dataset) -> Figure:
     axes = figure.subplots(1, FRAMES)
     side = 3.2  # of both the base N(0, I) and the standardized data nearly everything is within
     for i, (ax, points) in enumerate(zip(axes, frames)):
-        ax.hist2d(
-            *points.T.numpy(), bins=140, range=((-side, side), (-side, side)), cmap=DENSITY
-        )
+        ax.hist2d(*points.T.numpy(), bins=140, range=((-side, side), (-side, side)), cmap=DENSITY)
         ax.set(xticks=[], yticks=[], box_aspect=1)
         _title(ax, f"t = {i / (FRAMES - 1):g}")
     figure.suptitle(f"from noise to {data.name}", color=INK, fontsize=13, fontweight="bold")

@@ -91,9 +91,7 @@ def resume(path: Path, given: Mapping[str, Any], quiet: bool) -> int:
     config = Config.from_dict({**content["config"], **given})
     at_step = content["step"]
     if config.steps < at_step:
-        raise InputError(
-            f"{path} has taken {at_step} steps already; give --steps a larger number."
-        )
+        raise InputError(f"{path} has taken {at_step} steps already; give --steps a larger number.")
     data = reload(content)
     torch.set_num_threads(config.threads)
     trainer = _trainer(config, data, restored(content), folder, quiet)
@@ -185,9 +183,7 @@ def _introduction(config: Config, data: Dataset, model: Model, folder: RunFolder
     hidden = "-".join(map(str, config.hidden))
     unit = "bits/dim" if data.kind == "digits" else "nats a row"
     rows = (
-        f"{data.training_rows} training rows"
-        if data.kind != "toy"
-        else "fresh points every epoch"
+        f"{data.training_rows} training rows" if data.kind != "toy" else "fresh points every epoch"
     )
     return (
         f"{data.name}: {data.features} columns, {rows}, {len(data.validation)} validation and "
@@ -222,6 +218,7 @@ def _finish(trainer: Trainer) -> int:
         progress.say(f"Stopped early: no better validation since step {trainer.at.best_step}.")
     if folder.best.exists():
         show(folder, progress.say)
+        progress.say(f"Samples:\n  python -m pycnf sample {shlex.quote(str(folder.path))}")
     return code
 
 
