@@ -73,7 +73,7 @@ ADAPTIVE_OPTIONS = {
     "ifactor": {"ifactor": 1.3},
     "dfactor": {"dfactor": 0.75},
     "dfactor as a tensor": {"dfactor": double(0.75)[0]},
-    "min_step": {"min_step": 0.2},
+    "min_step": {"min_step": 0.3},
     "max_step": {"max_step": 0.02},
     "min_step and max_step": {"min_step": 0.02, "max_step": 0.04},
     "step_t": {"step_t": double(0.1, 0.55, 1.0, 2.0)},

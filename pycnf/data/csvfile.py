@@ -1,4 +1,4 @@
-"""Reading numbers from comma-separated text: delimiter and header are found, bad cells are named."""
+"""Numbers from comma-separated text: delimiter and header are found, bad cells are named."""
 
 from __future__ import annotations
 

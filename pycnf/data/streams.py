@@ -1,7 +1,7 @@
 """Random numbers that depend only on (seed, purpose, index), never on what was drawn before.
 
-The order of epoch 7 or the probe of step 1200 can therefore be drawn again at any time, which is
-what lets an interrupted training run resume to the very same result without stored generator states.
+The order of epoch 7 or the probe of step 1200 can therefore be drawn again at any time, which lets
+an interrupted training run resume to the very same result without stored generator states.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def eight_gaussians(n: int, rng: Generator) -> np.ndarray:
 
 
 def pinwheel(n: int, rng: Generator) -> np.ndarray:
-    """Five bent arms: Gaussians stretched along the radius, turned more the further out they are."""
+    """Five bent arms: Gaussians stretched along the radius, turned further the farther out."""
     arm = rng.integers(5, size=n) * (2 * np.pi / 5)
     radial = 1.0 + 0.3 * rng.standard_normal(n)
     tangential = 0.1 * rng.standard_normal(n)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ..data import InputError, quantize, read_table
+from ..data import InputError, Table, quantize, read_table
 from . import checkpoint, export, pictures
 from .evaluate import evaluate
 from .folder import RunFolder
@@ -69,19 +70,25 @@ def score(path: Path, file: Path, out: Path | None, which: str) -> str:
         raise InputError("--data is for tables; a flow of digits is judged by its test images.")
     if out is not None:
         export.check_new(out, export.TABLES)
-    try:
-        table = read_table(file, about["columns"], constant=True)
-    except InputError:
-        # Without these names, the columns count as they stand if there are as many.
-        table = read_table(file, constant=True)
-        if len(table.columns) != len(about["columns"]):
-            raise InputError(
-                f"{file} has {len(table.columns)} columns, and {path} was trained on "
-                f"{len(about['columns'])}: {', '.join(about['columns'])}."
-            ) from None
-    rows = torch.from_numpy(table.values)
+    rows = torch.from_numpy(_matching(file, about["columns"]).values)
     result = evaluate(restored(content), rows, about["training_rows"], pixels=False)
     if out is not None:
         export.write_rows(out, ["log_prob"], result.log_prob[:, None])
     written = "" if out is None else f"\nlog p(x) of each row: {out}"
     return f"Log-likelihood of {file}, {result.rows} rows:\n{result.text()}{written}"
+
+
+def _matching(file: Path, columns: Sequence[str]) -> Table:
+    """Reads the columns of these names; where one side has no names, all columns as they stand."""
+    try:
+        return read_table(file, columns, constant=True)
+    except InputError as by_name:
+        try:
+            table = read_table(file, constant=True)
+        except InputError:
+            raise by_name from None
+        numbered = tuple(f"column {i + 1}" for i in range(len(columns)))
+        nameless = numbered in (table.columns, tuple(columns)) or columns == ["x", "y"]
+        if len(table.columns) != len(columns) or not nameless:
+            raise
+        return table
