@@ -1,7 +1,7 @@
 """A thin driver: finds torch, CUDA and Ninja, and lets CMake do the rest (see CMakeLists.txt).
 
-Environment: PYCNF_CUDA=0|1 forces the CUDA part off or on, TORCH_CUDA_ARCH_LIST chooses its targets, DEBUG=1 builds with
-debug information, CMAKE_ARGS is passed on.
+Environment: PYCNF_CUDA=0|1 forces the CUDA part off or on, TORCH_CUDA_ARCH_LIST chooses its
+targets, DEBUG=1 builds with debug information, CMAKE_ARGS is passed on.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def import_torch():
         from torch.utils import cpp_extension
     except ImportError as error:
         raise SystemExit(
-            "pycnf compiles against the torch it will run with, so torch must be there first: install torch, then "
-            "pip install --no-build-isolation ."
+            "pycnf compiles against the torch it will run with, so torch must be there first: "
+            "install torch, then pip install --no-build-isolation ."
         ) from error
     return torch, cpp_extension
 
@@ -64,7 +64,9 @@ def find_nvcc(cpp_extension) -> str | None:
 
 
 def cuda_architectures() -> str:
-    """TORCH_CUDA_ARCH_LIST in CMake's spelling; by default the GPU generations that torch itself serves."""
+    """TORCH_CUDA_ARCH_LIST in CMake's spelling; by default the GPU generations that torch itself
+    serves.
+    """
     wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX")
     result = []
     for arch in wish.replace(";", " ").split():
@@ -87,7 +89,9 @@ def pybind11_include(torch_includes: list[str]) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds with CMake and Ninja; the build folder is kept, so the next build is incremental."""
+    """Configures and builds with CMake and Ninja; the build folder is kept, so the next build is
+    incremental.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         torch, cpp_extension = import_torch()

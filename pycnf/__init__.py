@@ -1,4 +1,5 @@
-"""Fast continuous normalizing flows: compiled solvers, exact gradients, and a drop-in torchdiffeq."""
+"""Fast continuous normalizing flows: compiled solvers, exact gradients, and a drop-in torchdiffeq.
+"""
 
 from pycnf._build import build_info
 from pycnf.odeint import odeint, odeint_adjoint

@@ -7,7 +7,8 @@ from typing import TypedDict
 import torch
 
 _REBUILD = (
-    "rebuild it against this torch, from pycnf's folder: pip install --no-build-isolation --force-reinstall --no-deps ."
+    "rebuild it against this torch, from pycnf's folder: "
+    "pip install --no-build-isolation --force-reinstall --no-deps ."
 )
 
 
@@ -29,7 +30,9 @@ def check_torch(compiled: tuple[str, str], running: tuple[str, str]) -> None:
         ImportError: they differ.
     """
     if compiled != running:
-        then, now = (f"torch {v}" + (f" with CUDA {c}" if c else "") for v, c in (compiled, running))
+        then, now = (
+            f"torch {v}" + (f" with CUDA {c}" if c else "") for v, c in (compiled, running)
+        )
         raise ImportError(f"pycnf was compiled against {then}, but this is {now}; {_REBUILD}")
 
 
@@ -48,8 +51,9 @@ check_torch((_C.torch_version, _C.torch_cuda), _RUNNING)
 def build_info() -> BuildInfo:
     """What this copy of pycnf was compiled for and what it uses here.
 
-    `cuda` is the CUDA version of the compiled kernels, None without; `instruction_set` is what the CPU kernels run with
-    (the environment variable ATEN_CPU_CAPABILITY = default, avx2 or avx512 forces one); `threads` is torch's.
+    `cuda` is the CUDA version of the compiled kernels, None without; `instruction_set` is what the
+    CPU kernels run with (the environment variable ATEN_CPU_CAPABILITY = default, avx2 or avx512
+    forces one); `threads` is torch's.
 
     Example:
         >>> import pycnf

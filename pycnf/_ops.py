@@ -1,7 +1,7 @@
 """Typed face of `torch.ops.pycnf`: which ops exist, where they run compiled, and their fakes.
 
-Schemas and the meaning of every argument stand in csrc/torch/schema.cpp. A dtype or device without a kernel is served by
-`pycnf.reference`, so a caller asks `kernels(y)` once and uses what it gets.
+Schemas and the meaning of every argument stand in csrc/torch/schema.cpp. A dtype or device without
+a kernel is served by `pycnf.reference`, so a caller asks `kernels(y)` once and uses what it gets.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Every op of pycnf again in plain PyTorch: the oracle of the tests, and the way on devices and dtypes without a kernel.
+"""Every op of pycnf again in plain PyTorch: the oracle of the tests, and the way on devices and
+dtypes without a kernel.
 
-Names, arguments and results are those of `torch.ops.pycnf` (see `pycnf/_ops.py`); any real or complex floating dtype and any
-device. Differentiable where the arguments are, except for what is written in place.
+Names, arguments and results are those of `torch.ops.pycnf` (see `pycnf/_ops.py`); any real or
+complex floating dtype and any device. Differentiable where the arguments are, except for what is
+written in place.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def _rms(x: Tensor) -> Tensor:
 def _largest_rms(scaled: Tensor, segments: Sequence[int]) -> Tensor:
     flat = scaled.reshape(-1)
     norms = [_rms(flat[a:b]) for a, b in zip(segments[::2], segments[1::2])]
-    return max(norms).double() if norms else torch.zeros((), dtype=torch.float64, device=flat.device)
+    return (
+        max(norms).double() if norms else torch.zeros((), dtype=torch.float64, device=flat.device)
+    )
 
 
 def _each(tolerance: Tensor, like: Tensor) -> Tensor:
@@ -109,13 +113,17 @@ def rk_interpolate(
     coefficients = quartic(y0, y1, y_middle, f0, f1, step)
     target = out.view(len(x), *y0.shape)
     for i, point in enumerate(x):
-        target[i] = evaluate_quartic(coefficients, torch.tensor(point, dtype=real, device=y0.device))
+        target[i] = evaluate_quartic(
+            coefficients, torch.tensor(point, dtype=real, device=y0.device)
+        )
 
 
 def quartic(
     y0: Tensor, y1: Tensor, y_middle: Tensor, f0: Tensor, f1: Tensor, h: Tensor
 ) -> tuple[Tensor, ...]:
-    """Coefficients, constant first, of the quartic through both ends, both slopes and the middle (Shampine 1986)."""
+    """Coefficients, constant first, of the quartic through both ends, both slopes and the middle
+    (Shampine 1986).
+    """
     fourth = 2 * h * (f1 - f0) - 8 * (y1 + y0) + 16 * y_middle
     third = h * (5 * f0 - 3 * f1) + 18 * y0 + 14 * y1 - 32 * y_middle
     second = h * (f1 - 4 * f0) - 11 * y0 - 5 * y1 + 16 * y_middle
@@ -165,9 +173,7 @@ def rk_combine(
     return y + total
 
 
-def time_tensors(
-    values: Sequence[float], dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
+def time_tensors(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Each value as a 0-dim tensor of its own."""
     return [torch.tensor(value, dtype=dtype, device=device) for value in values]
 

@@ -1,4 +1,5 @@
-// Quartic interpolation over one step through y0, y1, the state at the middle, and both slopes (Shampine 1986).
+// Quartic interpolation over one step through y0, y1, the state at the middle, and both slopes
+// (Shampine 1986).
 #pragma once
 
 #include "core/host_device.h"

@@ -7,7 +7,8 @@
 
 namespace pycnf {
 
-// Derivative rows of one step with their weights, already multiplied by the step size in the state's dtype.
+// Derivative rows of one step with their weights, already multiplied by the step size in the
+// state's dtype.
 template <typename T>
 struct WeightedRows {
   const T* rows[kMaxStages];  // each [N]
@@ -15,8 +16,8 @@ struct WeightedRows {
   int count;
 };
 
-// out = y0 + sum of weighted rows. When `fresh` is set, the newest row (rows[count - 1]) has not been stored yet: it is read
-// from `fresh` and written to `fresh_row` on the way.
+// out = y0 + sum of weighted rows. When `fresh` is set, the newest row (rows[count - 1]) has not
+// been stored yet: it is read from `fresh` and written to `fresh_row` on the way.
 template <typename T>
 struct StageParams {
   const T* y0;  // [N]
@@ -26,8 +27,8 @@ struct StageParams {
   T* out;          // [N]
 };
 
-// Tolerances of a solve: one number each, or one per element of the state. A number that lives in device memory stays there,
-// so that no host waits for it; the kernel puts it in place.
+// Tolerances of a solve: one number each, or one per element of the state. A number that lives in
+// device memory stays there, so that no host waits for it; the kernel puts it in place.
 template <typename T>
 struct Tolerance {
   T rtol;
@@ -66,7 +67,8 @@ struct InterpolateParams {
   int64_t size;
 };
 
-// Squared scaled values for the initial step: y0 / scale and f0 / scale, or (f1 - f0) / scale when f1 is there.
+// Squared scaled values for the initial step: y0 / scale and f0 / scale, or (f1 - f0) / scale when
+// f1 is there.
 template <typename T>
 struct InitialParams {
   const T* y0;  // [N]

@@ -1,7 +1,9 @@
-// Counter-based random probes: a probe value is a function of (seed, sample key, probe, feature), so it can be regenerated
-// anywhere, and a sample sees the same probe whatever the batch, the order or the device.
+// Counter-based random probes: a probe value is a function of (seed, sample key, probe, feature),
+// so it can be regenerated anywhere, and a sample sees the same probe whatever the batch, the order
+// or the device.
 //
-// Philox4x32-10 (Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+// Philox4x32-10 (Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC
+// 2011).
 #pragma once
 
 #include <math.h>
@@ -39,7 +41,8 @@ PYCNF_HD T rademacher(const Philox4& block, int feature_in_block) {
   return (word >> (feature_in_block % 32)) & 1u ? T(-1) : T(1);
 }
 
-// Gaussian by Box and Muller (1958): words 0, 1 give the first two of a block's four values, words 2, 3 the others.
+// Gaussian by Box and Muller (1958): words 0, 1 give the first two of a block's four values, words
+// 2, 3 the others.
 constexpr int kGaussianPerBlock = 4;
 
 template <typename T>

@@ -5,9 +5,10 @@
 
 namespace pycnf {
 
-// Rounding decides step counts, so a weighted sum adds in the order in which ATen sums a short row on the CPU: terms fall
-// into groups, a group is summed in the order of its terms, and the groups are added in ascending order. From one vector of
-// 32 bytes on, there is a group for each lane after one for what is left over; below, four groups, the first with the rest.
+// Rounding decides step counts, so a weighted sum adds in the order in which ATen sums a short row
+// on the CPU: terms fall into groups, a group is summed in the order of its terms, and the groups
+// are added in ascending order. From one vector of 32 bytes on, there is a group for each lane
+// after one for what is left over; below, four groups, the first with the rest.
 constexpr int kSumGroups = 9;
 
 template <typename T>
@@ -30,7 +31,8 @@ PYCNF_HD T larger_magnitude(T x, T y) {
   return a > b || a != a ? a : b;
 }
 
-// error / (atol + rtol * magnitude), in the state's dtype for plain tolerances and in f64 for one per element.
+// error / (atol + rtol * magnitude), in the state's dtype for plain tolerances and in f64 for one
+// per element.
 template <typename T>
 PYCNF_HD T scaled(T value, T size, const Tolerance<T>& tolerance, int64_t i) {
   if (tolerance.rtol_each == nullptr && tolerance.atol_each == nullptr) {

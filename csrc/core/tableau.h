@@ -1,9 +1,11 @@
 // Explicit Runge-Kutta methods as data.
 //
-// Row i of `a` and node c[i] give stage i: k_i = f(t0 + c_i h, y0 + h sum_{j<i} a_ij k_j). `b` advances the solution, `e` is
-// solution minus embedded solution, and `m` gives the state at the middle of the step for the quartic interpolant.
-// `solution_is_last_stage`: b equals the last row of a, so the last stage is f(t1, y1) and serves as the first of the next
-// step. The solvers of torchdiffeq reuse it in every method; where it is false that is part of the method as people know it.
+// Row i of `a` and node c[i] give stage i: k_i = f(t0 + c_i h, y0 + h sum_{j<i} a_ij k_j). `b`
+// advances the solution, `e` is solution minus embedded solution, and `m` gives the state at the
+// middle of the step for the quartic interpolant. `solution_is_last_stage`: b equals the last row
+// of a, so the last stage is f(t1, y1) and serves as the first of the next step. The solvers of
+// torchdiffeq reuse it in every method; where it is false that is part of the method as people know
+// it.
 #pragma once
 
 #include "core/host_device.h"
@@ -45,8 +47,8 @@ constexpr Tableau kDopri5 = {
      -2691868925. / 45128329728 / 2, 187940372067. / 1594534317056 / 2,
      -1776094331. / 19743644256 / 2, 11237099. / 235043384 / 2}};
 
-// Prince & Dormand (1981), RK8(7)13M with a fourteenth, first-same-as-last stage. The mid-point weights are the
-// continuous extension's, evaluated at one half.
+// Prince & Dormand (1981), RK8(7)13M with a fourteenth, first-same-as-last stage. The mid-point
+// weights are the continuous extension's, evaluated at one half.
 constexpr Tableau kDopri8 = {
     "dopri8", 8, 14, true, true,
     {0., 1. / 18., 1. / 12., 1. / 8., 5. / 16., 3. / 8., 59. / 400., 93. / 200.,
@@ -94,8 +96,9 @@ constexpr Tableau kDopri8 = {
      0.3096870143996103, -0.2172325471755352, 0.07833405679331928, -0.0018614369715579948,
      0.007072844202678841, 0.00690847373200576, -0.013838404349047373}};
 
-// Tsitouras (2011), 5(4). The solution weights are the embedded ones, as torchdiffeq has them: the method as it stands is
-// of order 4, and its last stage is f(t1, .) at the fifth-order point, not at y1.
+// Tsitouras (2011), 5(4). The solution weights are the embedded ones, as torchdiffeq has them: the
+// method as it stands is of order 4, and its last stage is f(t1, .) at the fifth-order point, not
+// at y1.
 constexpr Tableau kTsit5 = {
     "tsit5", 5, 7, true, false,
     {0., 0.161, 0.327, 0.9, 0.9800255409045097, 1., 1.},

@@ -5,7 +5,8 @@
 
 namespace pycnf {
 
-// Ranges [begin, end) count elements, or samples for the probe functions; the caller splits the work over threads.
+// Ranges [begin, end) count elements, or samples for the probe functions; the caller splits the
+// work over threads.
 template <typename T>
 struct CpuKernelTable {
   void (*stage)(const StageParams<T>& p, int64_t begin, int64_t end);

@@ -1,8 +1,8 @@
-// The stepping and probe kernels. Compiled once per instruction set, with PYCNF_ISA naming the namespace; plain loops over
-// blocks of a row, which the compiler vectorises for the set at hand.
+// The stepping and probe kernels. Compiled once per instruction set, with PYCNF_ISA naming the
+// namespace; plain loops over blocks of a row, which the compiler vectorises for the set at hand.
 //
-// Everything here has internal linkage but the table at the end: a weak symbol compiled for AVX-512 could be the copy that
-// the linker keeps for all, and crash an older CPU.
+// Everything here has internal linkage but the table at the end: a weak symbol compiled for AVX-512
+// could be the copy that the linker keeps for all, and crash an older CPU.
 
 #include "core/interpolant.h"
 #include "core/philox.h"
@@ -13,7 +13,8 @@ namespace pycnf {
 namespace PYCNF_ISA {
 namespace {
 
-// Elements handled together: a block of every row of the largest tableau stays in L1 beside the partial sums.
+// Elements handled together: a block of every row of the largest tableau stays in L1 beside the
+// partial sums.
 constexpr int kBlock = 256;
 
 template <typename T>
@@ -21,7 +22,8 @@ struct Block {
   alignas(64) T value[kBlock];
 };
 
-// sum = weighted rows over [begin, begin + length), in the order that rk.h prescribes. Rows of weight zero are not read.
+// sum = weighted rows over [begin, begin + length), in the order that rk.h prescribes. Rows of
+// weight zero are not read.
 template <typename T>
 void weighted_sum(const WeightedRows<T>& terms, int64_t begin, int length, T* __restrict sum) {
   Block<T> groups[kSumGroups];
@@ -86,8 +88,8 @@ void stage(const StageParams<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// Squares are summed in f64 over eight lanes, so that neither the width of the instruction set nor the length of the row
-// matters to the accept decision.
+// Squares are summed in f64 over eight lanes, so that neither the width of the instruction set nor
+// the length of the row matters to the accept decision.
 constexpr int kNormLanes = 8;
 
 template <typename T>

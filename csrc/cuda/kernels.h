@@ -1,5 +1,5 @@
-// The CUDA kernels' launchers. Pointers in the parameter structs are device memory unless said otherwise; nothing here
-// allocates or waits. No torch here.
+// The CUDA kernels' launchers. Pointers in the parameter structs are device memory unless said
+// otherwise; nothing here allocates or waits. No torch here.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +10,8 @@ namespace pycnf {
 
 // ---- norms -----------------------------------------------------------------------------------------------------------
 
-// A run of elements that belongs to one segment, or to none (-1), with the index of its first range.
+// A run of elements that belongs to one segment, or to none (-1), with the index of its first
+// range.
 struct NormPiece {
   int64_t begin;
   int64_t end;
@@ -21,9 +22,9 @@ struct NormPiece {
 // Pieces that travel as an argument of the kernel; more go through a table in device memory.
 constexpr int kFewPieces = 64;
 
-// How a state is cut for a norm: into pieces at segment borders, and these into ranges at multiples of `chunk` elements. One
-// block sums a range, so the order of summation depends on the state's size and segments alone, not on the device or on
-// which block comes first.
+// How a state is cut for a norm: into pieces at segment borders, and these into ranges at multiples
+// of `chunk` elements. One block sums a range, so the order of summation depends on the state's
+// size and segments alone, not on the device or on which block comes first.
 struct NormLayout {
   int64_t chunk;
   int32_t pieces;
@@ -32,8 +33,8 @@ struct NormLayout {
   NormPiece few[kFewPieces];
 };
 
-// Elements of a range: one access of each thread for small states, which wait for memory; for large ones so many that a
-// single block can add up what the ranges give.
+// Elements of a range: one access of each thread for small states, which wait for memory; for large
+// ones so many that a single block can add up what the ranges give.
 PYCNF_HD int64_t norm_chunk(int64_t size) {
   constexpr int64_t kSmallest = 1024, kMostRanges = 8192;
   const int64_t sweeps = (size + kSmallest * kMostRanges - 1) / (kSmallest * kMostRanges);
@@ -44,8 +45,8 @@ PYCNF_HD int64_t ranges_of_piece(int64_t begin, int64_t end, int64_t chunk) {
   return begin < end ? (end - 1) / chunk - begin / chunk + 1 : 0;
 }
 
-// Copies pieces from host memory to a table in device memory, in the arguments of kernels: no pinned memory, nothing that
-// must outlive the call, and it can be captured.
+// Copies pieces from host memory to a table in device memory, in the arguments of kernels: no
+// pinned memory, nothing that must outlive the call, and it can be captured.
 cudaError_t launch_store_pieces(const NormPiece* pieces,  // [count], host memory
                                 int32_t count, NormPiece* table, cudaStream_t stream);
 
@@ -54,7 +55,8 @@ cudaError_t launch_store_pieces(const NormPiece* pieces,  // [count], host memor
 template <typename T>
 cudaError_t launch_stage(const StageParams<T>& p, int64_t size, cudaStream_t stream);
 
-// result: error norm, then 1 if y1 is finite else 0. If p.solution has terms, then as many as p.error, over the same rows.
+// result: error norm, then 1 if y1 is finite else 0. If p.solution has terms, then as many as
+// p.error, over the same rows.
 template <typename T>
 cudaError_t launch_finish(const FinishParams<T>& p, const NormLayout& layout,
                           NormPartial* partials,  // [ranges]

@@ -21,7 +21,7 @@ struct FinishArguments {
 };
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads, /*blocks on a multiprocessor at once*/ 4)
+__global__ void __launch_bounds__(kThreads)
     finish_kernel(const __grid_constant__ FinishArguments<T> p,
                   const __grid_constant__ NormLayout layout,
                   NormPartial* partials) {  // [ranges]

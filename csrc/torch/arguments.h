@@ -1,4 +1,5 @@
-// From tensors to the plain structs of core/params.h: the checks and allocations that the CPU and CUDA ops share.
+// From tensors to the plain structs of core/params.h: the checks and allocations that the CPU and
+// CUDA ops share.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -63,7 +64,8 @@ struct Rows {
     return terms;
   }
 
-  // Where the kernel can store the new row itself, the pointer to read from; null once it is stored here.
+  // Where the kernel can store the new row itself, the pointer to read from; null once it is stored
+  // here.
   template <typename T>
   const T* store(at::TensorList fresh, int64_t stage) const {
     if (fresh.empty()) return nullptr;
@@ -225,8 +227,8 @@ struct Range {
   int64_t segment;
 };
 
-// The state cut at segment borders and into chunks, so that the order of summation depends on neither the number of threads
-// nor of blocks.
+// The state cut at segment borders and into chunks, so that the order of summation depends on
+// neither the number of threads nor of blocks.
 inline std::vector<Range> norm_ranges(at::IntArrayRef segments, int64_t size, int64_t chunk) {
   TORCH_CHECK(segments.size() % 2 == 0, "segments must be pairs (begin, end), got ",
               segments.size(), " numbers");
@@ -247,7 +249,8 @@ inline std::vector<Range> norm_ranges(at::IntArrayRef segments, int64_t size, in
   return ranges;
 }
 
-// The largest RMS over the segments, for both sums of a partial. Comparisons with NaN are as in Python's max().
+// The largest RMS over the segments, for both sums of a partial. Comparisons with NaN are as in
+// Python's max().
 inline std::array<double, 2> largest_rms(const std::vector<Range>& ranges,
                                          const std::vector<NormPartial>& partials,
                                          at::IntArrayRef segments) {

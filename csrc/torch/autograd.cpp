@@ -1,4 +1,5 @@
-// Gradients of the leaf ops, made of other differentiable ops so that they can be differentiated again.
+// Gradients of the leaf ops, made of other differentiable ops so that they can be differentiated
+// again.
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -42,7 +43,8 @@ struct Combine : torch::autograd::Function<Combine> {
     const auto terms = ctx->saved_data["terms"].toInt();
     const auto saved = ctx->get_saved_variables();
     const bool differentiable_h = !saved.empty();
-    // One gradient per argument (y, h_graph, each k, weights, h), but edges are counted over the tensors alone.
+    // One gradient per argument (y, h_graph, each k, weights, h), but edges are counted over the
+    // tensors alone.
     const int64_t first_k_edge = differentiable_h ? 2 : 1;
     variable_list result(terms + 4);
     result[0] = g;
@@ -76,8 +78,8 @@ at::Tensor rk_combine_autograd(const at::Tensor& y, at::TensorList k, at::ArrayR
 
 TORCH_LIBRARY_IMPL(pycnf, Autograd, m) {
   m.impl("rk_combine", rk_combine_autograd);
-  // The ops of the solver loops carry no gradient; without this, the dispatcher's general answer to that costs as much as
-  // the op itself on a small state.
+  // The ops of the solver loops carry no gradient; without this, the dispatcher's general answer to
+  // that costs as much as the op itself on a small state.
   for (const char* name : {"rk_stage", "rk_finish", "rk_interpolate", "rk_initial_norms"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }

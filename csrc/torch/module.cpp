@@ -34,8 +34,9 @@ py::dict tableau_dict(const pycnf::Tableau& t) {
   return result;
 }
 
-// The dispatcher's general way from Python boxes every argument by the schema, which takes longer than a step of a small
-// state. The ops of the inner loop are therefore bound by their types; they are the same ops, dispatched as ever.
+// The dispatcher's general way from Python boxes every argument by the schema, which takes longer
+// than a step of a small state. The ops of the inner loop are therefore bound by their types; they
+// are the same ops, dispatched as ever.
 template <typename Signature>
 auto find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();

@@ -1,4 +1,5 @@
-// CPU implementations: check, allocate, split over threads, call the kernels of this machine's instruction set.
+// CPU implementations: check, allocate, split over threads, call the kernels of this machine's
+// instruction set.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>

@@ -1,4 +1,5 @@
-// CUDA implementations: check, allocate, guard, launch on the current stream. The host never waits here.
+// CUDA implementations: check, allocate, guard, launch on the current stream. The host never waits
+// here.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -22,7 +23,8 @@ void check_cuda(const at::Tensor& x, const char* name) {
   TORCH_CHECK(x.is_cuda(), name, " must be on the GPU like the other arguments, got ", x.device());
 }
 
-// What a norm needs in device memory: `scratch` holds the partial sums and, behind them, the table of many pieces.
+// What a norm needs in device memory: `scratch` holds the partial sums and, behind them, the table
+// of many pieces.
 struct Norm {
   NormLayout layout;
   at::Tensor scratch;

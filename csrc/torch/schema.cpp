@@ -1,39 +1,45 @@
 // Every op of pycnf on one page.
 //
-// A state is one flat row of N values, whatever its shape. `k` holds the derivatives of one step, one row a stage, [S, N].
-// `flip` exchanges its first and last row, so that the last stage of an accepted step becomes the first of the next without
-// a copy. `fresh` is what the vector field has just returned, one tensor or the parts of a tuple, N values in all: it is
-// stored as the newest row in the same pass; an empty list says that the row is there already.
-// `weights`, `solution`, `error`, `middle` are rows of a tableau; they are multiplied by `h` in the state's dtype.
-// `segments` are pairs (begin, end): the norm of a state is the largest RMS of any segment.
-// `rtol`, `atol`: f64, 0-dim or one per value.
+// A state is one flat row of N values, whatever its shape. `k` holds the derivatives of one step,
+// one row a stage, [S, N]. `flip` exchanges its first and last row, so that the last stage of an
+// accepted step becomes the first of the next without a copy. `fresh` is what the vector field has
+// just returned, one tensor or the parts of a tuple, N values in all: it is stored as the newest
+// row in the same pass; an empty list says that the row is there already. `weights`, `solution`,
+// `error`, `middle` are rows of a tableau; they are multiplied by `h` in the state's dtype.
+// `segments` are pairs (begin, end): the norm of a state is the largest RMS of any segment. `rtol`,
+// `atol`: f64, 0-dim or one per value.
 
 #include <torch/library.h>
 
 TORCH_LIBRARY(pycnf, m) {
-  // y0 + h * sum of weights * k, and the newest row stored. Returns the state of the next stage, shaped as y0.
+  // y0 + h * sum of weights * k, and the newest row stored. Returns the state of the next stage,
+  // shaped as y0.
   m.def(
       "rk_stage(Tensor y0, Tensor(a!) k, bool flip, Tensor[] fresh, float[] weights, float h) "
       "-> Tensor");
 
-  // End of a step. Writes y1 = y0 + h * sum of solution * k unless `solution` is empty (y1 is then read), and the scaled
-  // error to `ratio` if it is given. Returns f64 (error norm, 1 if y1 is finite else 0).
+  // End of a step. Writes y1 = y0 + h * sum of solution * k unless `solution` is empty (y1 is then
+  // read), and the scaled error to `ratio` if it is given. Returns f64 (error norm, 1 if y1 is
+  // finite else 0).
   m.def(
       "rk_finish(Tensor y0, Tensor(a!) k, bool flip, Tensor[] fresh, Tensor(b!) y1, "
       "float[] solution, float[] error, float h, Tensor rtol, Tensor atol, int[] segments, "
       "Tensor(c!)? ratio=None) -> Tensor");
 
-  // The step's quartic at the points x in [0, 1], written to out [len(x), N]; middle are the weights of the mid-point.
+  // The step's quartic at the points x in [0, 1], written to out [len(x), N]; middle are the
+  // weights of the mid-point.
   m.def(
       "rk_interpolate(Tensor y0, Tensor y1, Tensor k, bool flip, float[] middle, float h, "
       "float[] x, Tensor(a!) out) -> ()");
 
-  // f64 norms of y0 / scale and f0 / scale, or of (f1 - f0) / scale in both places, scale = atol + rtol * |y0|.
+  // f64 norms of y0 / scale and f0 / scale, or of (f1 - f0) / scale in both places, scale = atol +
+  // rtol * |y0|.
   m.def(
       "rk_initial_norms(Tensor y0, Tensor f0, Tensor? f1, Tensor rtol, Tensor atol, "
       "int[] segments) -> Tensor");
 
-  // y + h * sum of weights * k with gradients to y, k and, where it is given, h_graph, a 0-dim tensor equal to h.
+  // y + h * sum of weights * k with gradients to y, k and, where it is given, h_graph, a 0-dim
+  // tensor equal to h.
   m.def(
       "rk_combine(Tensor y, Tensor[] k, float[] weights, float h, Tensor? h_graph=None) -> Tensor");
 

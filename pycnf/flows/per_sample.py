@@ -5,7 +5,7 @@ on the others no further than the rounding of the products they share.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
@@ -203,7 +203,7 @@ class _Samples:
     def _factors(self, error: Tensor) -> Tensor:
         """`AdaptiveControl.factor` of every sample."""
         control = self.control
-        least = torch.where(error < 1, 1.0, control.dfactor)
+        least = torch.where(error < 1, torch.ones_like(error), control.dfactor)
         grown = torch.maximum(control.safety * error ** (-1 / self.tableau.order), least)
         return grown.clamp(max=control.ifactor)
 
@@ -347,5 +347,3 @@ def steps_with_graph(
         stages.append(dynamics.evaluate(t, zi, context, probe, full))
     return [total(state, part, tableau.b) for part, state in enumerate((z, *extras))]
 
-
-Redo = Callable[..., list[Tensor]]

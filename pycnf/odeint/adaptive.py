@@ -1,9 +1,11 @@
-"""Adaptive methods with torchdiffeq's step sequence: it overshoots the output times and interpolates, reuses the last
-derivative of a step as the first of the next whatever the method, and evaluates stages at the end of a step just before it.
+"""Adaptive methods with torchdiffeq's step sequence: it overshoots the output times and
+interpolates, reuses the last
+derivative of a step as the first of the next whatever the method, and evaluates stages at the end
+of a step just before it.
 
-Step control runs on Python floats rounded to the dtype that torchdiffeq's tensors would have; the state is touched by
-compiled ops only. As soon as something carries a graph (the state, a time, what the field returns), steps are taken by
-`differentiable_step` instead, with the same numbers.
+Step control runs on Python floats rounded to the dtype that torchdiffeq's tensors would have; the
+state is touched by compiled ops only. As soon as something carries a graph (the state, a time, what
+the field returns), steps are taken by `differentiable_step` instead, with the same numbers.
 """
 
 from __future__ import annotations
@@ -207,7 +209,8 @@ class AdaptiveSolver:
         }
 
     def _initial_step(self) -> float:
-        """Hairer, Norsett & Wanner, Solving ODEs I, II.4, in the rounding of torchdiffeq's tensors."""
+        """Hairer, Norsett & Wanner, Solving ODEs I, II.4, in the rounding of torchdiffeq's tensors.
+        """
         problem, rows = self.problem, self.rows
         y0, f0 = problem.y0, rows.row(0)
         plain = rows.rtol.dim() == 0 and rows.atol.dim() == 0
@@ -248,7 +251,9 @@ class AdaptiveSolver:
     # ---- one attempt -----------------------------------------------------------------------------
 
     def _attempt(self) -> Step | None:
-        """Tries a step of size ds from s; the step if it is accepted. Sets the size of the next attempt."""
+        """Tries a step of size ds from s; the step if it is accepted. Sets the size of the next
+        attempt.
+        """
         limits, round_ = self.limits, self.round
         if not math.isfinite(self.ds):
             self.ds, self.ds_graph = limits.min_step, None
@@ -274,15 +279,13 @@ class AdaptiveSolver:
                 ds_graph = None
         step = self._take(y0, self._times(s1, ds, ds_graph, stop is not None), stop)
         error = self._error(step)
-        accepted = error <= 1 and ds <= limits.max_step or ds <= limits.min_step
+        accepted = (error <= 1 and ds <= limits.max_step) or ds <= limits.min_step
         if accepted:
             problem.notify("callback_accept_step", s0, y0, ds, self.dtype)
             if self.tape is not None:
                 reusable = self.f_time is not None
                 f0 = None if reusable else self.rows.row(0).clone()
-                self.tape.append(
-                    Accepted(s0, s1, ds, y0, f0, self.f_time, stop is not None)
-                )
+                self.tape.append(Accepted(s0, s1, ds, y0, f0, self.f_time, stop is not None))
         else:
             problem.notify("callback_reject_step", s0, y0, ds, self.dtype)
         self.ds, self.ds_graph = self._next_size(ds, error), None
@@ -300,9 +303,7 @@ class AdaptiveSolver:
         problem, rows, h = self.problem, self.rows, times.h
         step = Step(y0, times, stop)
         graph = torch.is_grad_enabled() and (
-            y0.requires_grad
-            or self.f_graph is not None
-            or times.has_graph
+            y0.requires_grad or self.f_graph is not None or times.has_graph
         )
         if graph:
             f0 = self.f_graph
@@ -323,7 +324,9 @@ class AdaptiveSolver:
         return step
 
     def _differentiate(self, step: Step, k: list[Tensor], y: Tensor | None = None) -> Step:
-        """The rest of a step, from the stages in `k` on, with a graph; y is the state of the newest."""
+        """The rest of a step, from the stages in `k` on, with a graph; y is the state of the
+        newest.
+        """
         if len(k) == self.tableau.stages and self.tableau.solution_is_last_stage:
             step.k, step.y1, step.h_graph = k, y, None
         else:
@@ -344,9 +347,7 @@ class AdaptiveSolver:
             return self.problem.as_state(self.problem.call(times[stage - 1], state), step.y0)
 
         step.k, step.h_graph = k, step.times.h_graph
-        step.y1 = differentiable_step(
-            self.tableau, field, step.y0, k, step.times.h, step.h_graph
-        )
+        step.y1 = differentiable_step(self.tableau, field, step.y0, k, step.times.h, step.h_graph)
 
     def _error(self, step: Step) -> float:
         norm, finite = step.stats.tolist()
@@ -387,7 +388,8 @@ class AdaptiveSolver:
         return self.interpolate_with_graph(step, times[begin:end]), True
 
     def interpolate_with_graph(self, step: Step, outputs: Tensor) -> Tensor:
-        """States at output times within a step that has `k`, [len(outputs), ...], with their graph."""
+        """States at output times within a step that has `k`, [len(outputs), ...], with their graph.
+        """
         coefficients = differentiable_quartic(
             self.tableau, step.y0, step.y1, step.k, step.times.h, step.h_graph
         )
@@ -395,7 +397,9 @@ class AdaptiveSolver:
         return torch.stack([reference.evaluate_quartic(coefficients, x) for x in points])
 
     def replay(self, accepted: Accepted, y0: Tensor, f0: Tensor | None, s0: Tensor | None) -> Step:
-        """An accepted step again, with a graph from y0, from f0 if that was kept, and from its start s0 if given."""
+        """An accepted step again, with a graph from y0, from f0 if that was kept, and from its
+        start s0 if given.
+        """
         times = StepTimes(
             self.problem, self.tableau.c, accepted.s0, accepted.s1, accepted.ds, s0, None,
             accepted.clipped,

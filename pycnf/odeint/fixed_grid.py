@@ -1,8 +1,8 @@
 """Explicit methods on a given grid, with torchdiffeq's grids, perturbed times and interpolation.
 
-Steps run compiled for as long as state, slopes and times agree in dtype and shape and carry no graph; what torchdiffeq
-leaves to type promotion (a 0-dim state that drifts to the dtype of t, slopes in another dtype, slopes that broadcast) is
-left to it here too.
+Steps run compiled for as long as state, slopes and times agree in dtype and shape and carry no
+graph; what torchdiffeq leaves to type promotion (a 0-dim state that drifts to the dtype of t,
+slopes in another dtype, slopes that broadcast) is left to it here too.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class FixedGridSolver:
         return torch.stack([piece.to(y0.dtype) for piece in pieces])
 
     def _all_times(self, grid: Tensor) -> Iterator[list[Tensor]]:
-        """What `_stage_time` gives, for every stage of one step after the other, made for many steps at once."""
+        """What `_stage_time` gives, for every stage of one step after the other, made for many
+        steps at once.
+        """
         dtype = rounding.real_dtype(self.problem.y0.dtype)
         start, end = grid[:-1, None], grid[1:, None]
         nodes = torch.tensor(self.tableau.c, dtype=grid.dtype, device=grid.device)
@@ -146,8 +148,10 @@ class FixedGridSolver:
         """The state after a step, and the slope at its start if it is needed for interpolation.
 
         Args:
-            ends: start and end in ascending time; ends_graph: the same as 0-dim tensors if they carry a graph.
-            times: of the stages, as `_stage_time` gives them; None for a step that certainly has a graph.
+            ends: start and end in ascending time; ends_graph: the same as 0-dim tensors if they
+                carry a graph.
+            times: of the stages, as `_stage_time` gives them; None for a step that certainly has a
+                graph.
         """
         problem, tableau = self.problem, self.tableau
         compiled = times is not None and ends_graph is None and self._suits_kernels(y0)
@@ -174,7 +178,9 @@ class FixedGridSolver:
         return y0.dim() > 0 or self.problem.s.dtype == y0.dtype
 
     def _agrees(self, fresh: list[Tensor], y0: Tensor) -> bool:
-        """Whether what the field returned goes into the compiled step without promotion, broadcast or graph."""
+        """Whether what the field returned goes into the compiled step without promotion, broadcast
+        or graph.
+        """
         if self.problem.shapes is None and fresh[0].shape != y0.shape:
             return False
         grad = torch.is_grad_enabled()
@@ -270,7 +276,9 @@ class FixedGridSolver:
         problem = self.problem
         dtype = rounding.real_dtype(y1.dtype)
         f1 = join(problem, problem_call(problem, (problem.sign * end).to(dtype), y1))
-        return cubic_hermite(y0, y1, f0, f1, problem.sign * (end - start), (at - start) / (end - start))
+        return cubic_hermite(
+            y0, y1, f0, f1, problem.sign * (end - start), (at - start) / (end - start)
+        )
 
 
 def cubic_hermite(y0: Tensor, y1: Tensor, f0: Tensor, f1: Tensor, h: Tensor, x: Tensor) -> Tensor:

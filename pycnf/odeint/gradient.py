@@ -1,8 +1,9 @@
 """`odeint_adjoint`: gradients of a solve without a graph of the solve.
 
-`continuous` integrates the adjoint equation backwards, as torchdiffeq does: constant memory, as accurate as the tolerance.
-`discrete` is the exact gradient of the numbers that were computed: the forward solve keeps the accepted steps, and the
-backward pass recomputes one step at a time with a graph and walks through it.
+`continuous` integrates the adjoint equation backwards, as torchdiffeq does: constant memory, as
+accurate as the tolerance. `discrete` is the exact gradient of the numbers that were computed: the
+forward solve keeps the accepted steps, and the backward pass recomputes one step at a time with a
+graph and walks through it.
 """
 
 from __future__ import annotations
@@ -38,28 +39,35 @@ def odeint_adjoint(
     adjoint_params: Sequence[Tensor] | None = None,
     gradient: str = "continuous",
 ) -> Tensor | tuple[Tensor, ...]:
-    """Like `odeint`, with gradients to y0, t and parameters at constant memory (or a tape of accepted steps).
+    """Like `odeint`, with gradients to y0, t and parameters at constant memory (or a tape of
+    accepted steps).
 
     A drop-in for `torchdiffeq.odeint_adjoint`, and one addition, `gradient`.
 
     Args:
-        func, y0, t, rtol, atol, method, options: as for `odeint`; func is an nn.Module unless adjoint_params are given.
-        adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: of the backward solve; by default those of the forward
-            solve, but for options["norm"]. adjoint_options["norm"] may be "seminorm" or a callable of the tuple
-            (t, *y, *adj_y, *params).
+        func, y0, t, rtol, atol, method, options: as for `odeint`; func is an nn.Module unless
+            adjoint_params are given.
+        adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: of the backward solve; by
+            default those of the forward solve, but for options["norm"]. adjoint_options["norm"] may
+            be "seminorm" or a callable of the tuple (t, *y, *adj_y, *params).
         adjoint_params: what to differentiate beside y0 and t; by default func's parameters.
-        gradient: "continuous", the adjoint equation; or "discrete", the exact gradient of the computed solution with every
-            step size held constant. The latter uses no adjoint_* argument but adjoint_params.
+        gradient: "continuous", the adjoint equation; or "discrete", the exact gradient of the
+            computed solution with every step size held constant. The latter uses no adjoint_*
+            argument but adjoint_params.
 
     Returns:
-        As `odeint`. For "continuous" the node behind the result has `adjoint_options`, which may be edited before backward.
+        As `odeint`. For "continuous" the node behind the result has `adjoint_options`, which may be
+        edited before backward.
 
     Raises:
-        ValueError: func is no nn.Module and adjoint_params are missing; adjoint_options cannot be inferred; unknown
-            gradient. RuntimeError: the gradient is differentiated again. Otherwise as `odeint`.
+        ValueError: func is no nn.Module and adjoint_params are missing; adjoint_options cannot be
+            inferred; unknown gradient. RuntimeError: the gradient is differentiated again.
+            Otherwise as `odeint`.
 
-    Source: Chen, Rubanova, Bettencourt & Duvenaud, "Neural Ordinary Differential Equations", NeurIPS 2018, appendix B;
-    seminorm: Kidger, Chen & Lyons, ICML 2021; discrete: Gholami, Keutzer & Biros, "ANODE", IJCAI 2019.
+    Source: Chen, Rubanova, Bettencourt & Duvenaud, "Neural Ordinary Differential Equations",
+    NeurIPS 2018, appendix B;
+    seminorm: Kidger, Chen & Lyons, ICML 2021; discrete: Gholami, Keutzer & Biros, "ANODE", IJCAI
+    2019.
 
     Example:
         >>> import torch, pycnf
@@ -75,17 +83,17 @@ def odeint_adjoint(
         raise ValueError(f'gradient must be "continuous" or "discrete", got {gradient!r}')
     if adjoint_params is None and not isinstance(func, nn.Module):
         raise ValueError(
-            "func must be an instance of nn.Module to specify the adjoint parameters; alternatively they can be "
-            "specified explicitly via the `adjoint_params` argument. If there are no parameters then it is allowable "
-            "to set `adjoint_params=()`."
+            "func must be an instance of nn.Module to specify the adjoint parameters; alternatively "
+            "they can be specified explicitly via the `adjoint_params` argument. If there are no "
+            "parameters then it is allowable to set `adjoint_params=()`."
         )
     adjoint_rtol = rtol if adjoint_rtol is None else adjoint_rtol
     adjoint_atol = atol if adjoint_atol is None else adjoint_atol
     adjoint_method = method if adjoint_method is None else adjoint_method
     if adjoint_method != method and options is not None and adjoint_options is None:
         raise ValueError(
-            "If `adjoint_method != method` then we cannot infer `adjoint_options` from `options`. So as `options` has "
-            "been passed then `adjoint_options` must be passed as well."
+            "If `adjoint_method != method` then we cannot infer `adjoint_options` from `options`. So "
+            "as `options` has been passed then `adjoint_options` must be passed as well."
         )
     if adjoint_options is None:
         adjoint_options = {k: v for k, v in (options or {}).items() if k != "norm"}
@@ -95,8 +103,8 @@ def odeint_adjoint(
     trainable = tuple(p for p in params if p.requires_grad)
     if len(trainable) != len(params) and callable(adjoint_options.get("norm")):
         warnings.warn(
-            "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from "
-            "the adjoint pass, and will not appear as a tensor in the adjoint norm.",
+            "An adjoint parameter was passed without requiring gradient. For efficiency this will be "
+            "excluded from the adjoint pass, and will not appear as a tensor in the adjoint norm.",
             stacklevel=2,
         )
     problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS)
@@ -116,14 +124,18 @@ def find_parameters(module: nn.Module) -> tuple[Tensor, ...]:
     if getattr(module, "_is_replica", False):
 
         def tensors(part: nn.Module) -> list[tuple[str, Tensor]]:
-            return [(k, v) for k, v in vars(part).items() if isinstance(v, Tensor) and v.requires_grad]
+            return [
+                (k, v) for k, v in vars(part).items() if isinstance(v, Tensor) and v.requires_grad
+            ]
 
         return tuple(p for _, p in module._named_members(get_members_fn=tensors))
     return tuple(module.parameters())
 
 
 def _adjoint_norm(norm: Any, problem: Problem) -> Callable:
-    """The norm of the adjoint state (t, y, adj_y, *params) with y and adj_y as the solver holds them, flat for tuples."""
+    """The norm of the adjoint state (t, y, adj_y, *params) with y and adj_y as the solver holds
+    them, flat for tuples.
+    """
     if norm is None or norm == "seminorm":
         return AdjointNorm(problem.norm, problem.shapes, parameters=norm is None)
     if problem.shapes is None:
@@ -141,7 +153,8 @@ def _adjoint_norm(norm: Any, problem: Problem) -> Callable:
 
 
 class _Continuous(torch.autograd.Function):
-    """A solve whose gradient is another solve, one per output interval. Works in ascending time s."""
+    """A solve whose gradient is another solve, one per output interval. Works in ascending time s.
+    """
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, backward: dict, y0: Tensor, s: Tensor, *params: Tensor):
@@ -185,8 +198,8 @@ class _Continuous(torch.autograd.Function):
 class _AdjointField:
     """d/ds of (t-gradient, y, adj_y, *parameter gradients), for a forward field in ascending time.
 
-    The state's parts are vjp_t, y, adj_y and one part per parameter; what is returned has y's slope in as many parts as
-    the field gave it.
+    The state's parts are vjp_t, y, adj_y and one part per parameter; what is returned has y's slope
+    in as many parts as the field gave it.
     """
 
     def __init__(self, problem: Problem, params: Sequence[Tensor]) -> None:
@@ -233,7 +246,9 @@ class _AdjointField:
 
 
 class _Discrete(torch.autograd.Function):
-    """A solve whose gradient walks back through its accepted steps, one graph of one step at a time."""
+    """A solve whose gradient walks back through its accepted steps, one graph of one step at a
+    time.
+    """
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, y0: Tensor, s: Tensor, *params: Tensor):
@@ -274,14 +289,14 @@ class _Gradients:
     def pull_back(
         self, pairs: Sequence[tuple[Tensor | None, Tensor | None]], inputs: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """Gradients to the inputs of (output, cotangent) pairs; those to the parameters are added up."""
+        """Gradients to the inputs of (output, cotangent) pairs; those to the parameters are added
+        up.
+        """
         pairs = [(o, g) for o, g in pairs if o is not None and g is not None and o.requires_grad]
         if not pairs:
             return [None] * len(inputs)
         outputs, cotangents = zip(*pairs)
-        grads = torch.autograd.grad(
-            outputs, (*inputs, *self.wanted), cotangents, allow_unused=True
-        )
+        grads = torch.autograd.grad(outputs, (*inputs, *self.wanted), cotangents, allow_unused=True)
         for total, grad in zip(self.params, grads[len(inputs) :]):
             if grad is not None:
                 total += grad
@@ -339,7 +354,9 @@ def _walk_fixed(
     grid: tuple[Tensor, Tensor],
     with_times: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients to y0 and, if wanted, to the times [T]; grid: a copy of the times, and the grid as a function of it."""
+    """Gradients to y0 and, if wanted, to the times [T]; grid: a copy of the times, and the grid as
+    a function of it.
+    """
     leaf, points = grid
     values, outputs = points.tolist(), s.tolist()
     y_grad = None

@@ -1,4 +1,5 @@
-"""Norms that decide on accepting a step, as callables and, where the kernels can compute them, as segments of the state.
+"""Norms that decide on accepting a step, as callables and, where the kernels can compute them, as
+segments of the state.
 
 A norm that is not one of these classes is called with the scaled error, as the user wrote it.
 """
@@ -6,7 +7,6 @@ A norm that is not one of these classes is called with the scaled error, as the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-
 
 from torch import Size, Tensor
 
@@ -58,10 +58,11 @@ class MixedNorm:
 
 
 class AdjointNorm:
-    """Norm of the adjoint state (t, y, adj_y, *params): the largest of |t|, the state's norm of y and adj_y, and each RMS of params.
+    """Norm of the adjoint state (t, y, adj_y, *params): the largest of |t|, the state's norm of y
+    and adj_y, and each RMS of params.
 
-    With `parameters=False` it is the seminorm, blind to the parameter part (Kidger, Chen & Lyons, "Hey, that's not an ODE",
-    ICML 2021).
+    With `parameters=False` it is the seminorm, blind to the parameter part (Kidger, Chen & Lyons,
+    "Hey, that's not an ODE", ICML 2021).
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class AdjointNorm:
         return max(norms)
 
     def segments(self, shapes: Sequence[Size]) -> list[int] | None:
-        """Segments of t, y, adj_y and, but for the seminorm, each parameter; None for a user's state norm."""
+        """Segments of t, y, adj_y and, but for the seminorm, each parameter; None for a user's
+        state norm.
+        """
         state = segments_of(self.state_norm, self.shapes or [shapes[1]])
         if state is None:
             return None
@@ -96,5 +99,3 @@ def segments_of(norm: Callable, shapes: Sequence[Size]) -> list[int] | None:
     if isinstance(norm, RmsNorm | MixedNorm | AdjointNorm):
         return norm.segments(shapes)
     return None
-
-

@@ -1,7 +1,9 @@
-"""The arguments of `odeint`, checked and brought to one form: a contiguous state, ascending times, one call for the field.
+"""The arguments of `odeint`, checked and brought to one form: a contiguous state, ascending times,
+one call for the field.
 
-Time runs forward in s = sign * t. A descending problem is not wrapped: the solvers step with h = sign * ds, which gives the
-same numbers as negating the field's values. Texts of errors and warnings are torchdiffeq's.
+Time runs forward in s = sign * t. A descending problem is not wrapped: the solvers step with h =
+sign * ds, which gives the same numbers as negating the field's values. Texts of errors and warnings
+are torchdiffeq's.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class Problem:
             f = self.func(t, y)
             if f.shape != y.shape and not (f.numel() == y.numel() == 1):
                 raise ValueError(
-                    f"func must return the shape of its state, {tuple(y.shape)}, got {tuple(f.shape)}"
+                    f"func must return the shape of its state, {tuple(y.shape)}, "
+                    f"got {tuple(f.shape)}"
                 )
             return [f]
         return list(self.func(t, flat_to_shapes(y, self.shapes)))
@@ -72,7 +75,9 @@ class Problem:
         return segments_of(self.norm, self.shapes if self.shapes is not None else [self.y0.shape])
 
     def notify(self, name: str, s: float, y: Tensor, ds: float, dtype: torch.dtype) -> None:
-        """Calls a callback, if func has it, with (t, y, dt): t as the user counts it, dt positive, y live."""
+        """Calls a callback, if func has it, with (t, y, dt): t as the user counts it, dt positive,
+        y live.
+        """
         callback = self.callbacks.get(name)
         if callback is not None:
             state = y if self.shapes is None else flat_to_shapes(y, self.shapes)
@@ -133,9 +138,7 @@ def make_problem(
     callbacks = {name: getattr(func, name) for name in CALLBACKS if hasattr(func, name)}
     unsupported = set(callbacks) - solvers[method].callbacks
     if unsupported:
-        warnings.warn(
-            f"Solver '{method}' does not support callbacks {unsupported}", stacklevel=3
-        )
+        warnings.warn(f"Solver '{method}' does not support callbacks {unsupported}", stacklevel=3)
     callbacks = {name: callbacks[name] for name in callbacks if name not in unsupported}
     return Problem(
         func, y0.contiguous(), shapes, s, sign, rtol, atol, method, options, norm, callbacks
@@ -143,7 +146,9 @@ def make_problem(
 
 
 def _tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:
-    """A tolerance per part, spread over the values of the state; anything not iterable is left alone."""
+    """A tolerance per part, spread over the values of the state; anything not iterable is left
+    alone.
+    """
     try:
         iter(tolerance)
     except TypeError:

@@ -1,7 +1,8 @@
 """Arithmetic on Python floats as if they were numbers of a torch dtype.
 
-Step control runs on the host; what PyTorch would compute on 0-dim tensors of a dtype is reproduced by rounding after every
-operation, which for +, -, *, / of float32 numbers in double precision gives the correctly rounded float32 result.
+Step control runs on the host; what PyTorch would compute on 0-dim tensors of a dtype is reproduced
+by rounding after every operation, which for +, -, *, / of float32 numbers in double precision gives
+the correctly rounded float32 result.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from pycnf.odeint.tableau import TABLEAUX
 
 @dataclass(frozen=True)
 class Method:
-    """What stands behind a method's name; `label` is torchdiffeq's class, which its warnings name."""
+    """What stands behind a method's name; `label` is torchdiffeq's class, which its warnings name.
+    """
 
     label: str
     solver: type[AdaptiveSolver] | type[FixedGridSolver]
@@ -49,9 +50,7 @@ SOLVERS: dict[str, Method] = {
 def make_solver(problem: Problem, tape: list | None = None) -> AdaptiveSolver | FixedGridSolver:
     """The solver of a problem's method with its options."""
     method = SOLVERS[problem.method]
-    return method.solver(
-        problem, TABLEAUX[problem.method], method.label, tape, **problem.options
-    )
+    return method.solver(problem, TABLEAUX[problem.method], method.label, tape, **problem.options)
 
 
 def odeint(
@@ -66,32 +65,35 @@ def odeint(
 ) -> Tensor | tuple[Tensor, ...]:
     """Solves dy/dt = func(t, y), y(t[0]) = y0, and returns y at every time of t.
 
-    A drop-in for `torchdiffeq.odeint`: same arguments, defaults, accepted steps, numbers, errors and warnings. Gradients
-    flow through the operations of the solver, those of the first step size included, and can be differentiated again.
+    A drop-in for `torchdiffeq.odeint`: same arguments, defaults, accepted steps, numbers, errors
+    and warnings. Gradients flow through the operations of the solver, those of the first step size
+    included, and can be differentiated again.
 
     Args:
-        func: vector field, called with a 0-dim time in the state's real dtype and a state; returns the state's shape, or
-            a tuple for a tuple state.
+        func: vector field, called with a 0-dim time in the state's real dtype and a state; returns
+            the state's shape, or a tuple for a tuple state.
         y0: state, a tensor of any shape or a tuple of tensors; float, half, bfloat16 or complex.
         t: times [T], ascending or descending, floating point.
-        rtol, atol: tolerances of the adaptive methods; a number, a tensor that broadcasts to y0, or one number for each
-            part of a tuple.
-        method: adaptive "dopri8", "dopri5" (default), "tsit5", "bosh3", "fehlberg2", "adaptive_heun"; on a fixed grid
-            "euler", "midpoint", "heun2", "heun3", "rk4" (the 3/8 rule).
-        options: adaptive: norm, first_step, safety, ifactor, dfactor, min_step, max_step, step_t, jump_t, max_num_steps,
-            dtype (of time); fixed: step_size or grid_constructor, interp ("linear", "cubic"), perturb.
+        rtol, atol: tolerances of the adaptive methods; a number, a tensor that broadcasts to y0, or
+            one number for each part of a tuple.
+        method: adaptive "dopri8", "dopri5" (default), "tsit5", "bosh3", "fehlberg2",
+            "adaptive_heun"; on a fixed grid "euler", "midpoint", "heun2", "heun3", "rk4" (the 3/8
+            rule).
+        options: adaptive: norm, first_step, safety, ifactor, dfactor, min_step, max_step, step_t,
+            jump_t, max_num_steps, dtype (of time); fixed: step_size or grid_constructor, interp
+            ("linear", "cubic"), perturb.
 
     Returns:
         [T, *y0.shape], or a tuple of such for a tuple state; the first entry is y0.
 
     Raises:
-        AssertionError: t is no ascending or descending 1-D tensor, a tolerance does not fit y0, the step size underflows,
-            the state is not finite, or max_num_steps is exceeded.
+        AssertionError: t is no ascending or descending 1-D tensor, a tolerance does not fit y0, the
+            step size underflows, the state is not finite, or max_num_steps is exceeded.
         TypeError: t is not floating point.
         ValueError: unknown method, contradicting options, or func returns another shape.
 
-    Source: Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, II.4; the methods' papers are named in
-    csrc/core/tableau.h.
+    Source: Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, II.4; the methods'
+    papers are named in csrc/core/tableau.h.
 
     Example:
         >>> import torch, pycnf

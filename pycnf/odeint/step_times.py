@@ -1,4 +1,6 @@
-"""The times of one adaptive step: their values, as the field and the interpolant see them, and their graph."""
+"""The times of one adaptive step: their values, as the field and the interpolant see them, and
+their graph.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from pycnf.odeint.problem import Problem
 
 
 class _StageTime(torch.autograd.Function):
-    """A time with a value of its own (rounded, perturbed) and the gradient of sign * (start + c size)."""
+    """A time with a value of its own (rounded, perturbed) and the gradient of sign * (start + c
+    size).
+    """
 
     @staticmethod
     def forward(
@@ -41,7 +45,8 @@ class StepTimes:
         nodes: the tableau's c.
         start, end, size: in the dtype of time.
         start_graph, size_graph: start and size as 0-dim tensors where gradients flow to them.
-        fixed_end: the end was prescribed, so the size carries the start's gradient, and the end carries none.
+        fixed_end: the end was prescribed, so the size carries the start's gradient, and the end
+            carries none.
     """
 
     def __init__(
@@ -87,7 +92,8 @@ class StepTimes:
         return self.size_graph + (self.start if self.start_graph is None else self.start_graph)
 
     def stages(self) -> list[Tensor]:
-        """The times that the field is given at the stages after the first: 0-dim, in the state's real dtype.
+        """The times that the field is given at the stages after the first: 0-dim, in the state's
+        real dtype.
 
         The end of a step is approached from within, in case the field is discontinuous there.
         """
@@ -122,7 +128,8 @@ class StepTimes:
         return (output - start) / (end - start)
 
     def points(self, outputs: Tensor) -> list[Tensor]:
-        """`point` of output times [n] as 0-dim tensors with their graph, in the state's real dtype."""
+        """`point` of output times [n] as 0-dim tensors with their graph, in the state's real dtype.
+        """
         start = self.start if self.start_graph is None else self.start_graph
         end = self.end if self.end_graph is None else self.end_graph
         x = (outputs - start) / (end - start)

@@ -1,7 +1,7 @@
 """One Runge-Kutta step: the compiled one without a graph, and the differentiable one.
 
-Both leave the choice of steps to their callers: `adaptive` and `fixed_grid` step as torchdiffeq does, the flows by a policy
-of their own.
+Both leave the choice of steps to their callers: `adaptive` and `fixed_grid` step as torchdiffeq
+does, the flows by a policy of their own.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from pycnf.odeint.tableau import Tableau
 class Rows:
     """The derivatives of one step, [stages, N], and the compiled ops on them.
 
-    The first row holds f at the start of the step. `advance` makes the last row of an accepted step the first of the next.
+    The first row holds f at the start of the step. `advance` makes the last row of an accepted step
+    the first of the next.
 
     Args:
         tableau: the method.
         y0: any state of the solve, contiguous; fixes size, dtype and device.
-        segments: pairs (begin, end) of the error norm, see `pycnf.odeint.norms`; none for a method without error estimate.
+        segments: pairs (begin, end) of the error norm, see `pycnf.odeint.norms`; none for a method
+            without error estimate.
         rtol, atol: float64, 0-dim or one value per value of the state.
     """
 
@@ -61,7 +63,9 @@ class Rows:
             begin = end
 
     def stage(self, y0: Tensor, stage: int, fresh: Sequence[Tensor], h: float) -> Tensor:
-        """The state of a stage, 1 <= stage, in a new tensor; `fresh` is the derivative of the stage before, [] if stored."""
+        """The state of a stage, 1 <= stage, in a new tensor; `fresh` is the derivative of the stage
+        before, [] if stored.
+        """
         return self.ops.rk_stage(y0, self.k, self.flip, fresh, self.tableau.a[stage], h)
 
     def solve(self, y0: Tensor, fresh: Sequence[Tensor], h: float) -> Tensor:
@@ -106,9 +110,7 @@ class Rows:
 
     def initial_norms(self, y0: Tensor, f0: Tensor, f1: Tensor | None = None) -> list[float]:
         """Norms of y0 / scale and f0 / scale, or of (f1 - f0) / scale; states like y0."""
-        return self.ops.rk_initial_norms(
-            y0, f0, f1, self.rtol, self.atol, self.segments
-        ).tolist()
+        return self.ops.rk_initial_norms(y0, f0, f1, self.rtol, self.atol, self.segments).tolist()
 
     def interpolate(
         self, y0: Tensor, y1: Tensor, h: float, x: Sequence[float], out: Tensor
@@ -124,7 +126,8 @@ class Rows:
 def combine(
     y: Tensor, k: Sequence[Tensor], weights: Sequence[float], h: float, h_graph: Tensor | None
 ) -> Tensor:
-    """y + h Σ wⱼ kⱼ with gradients to y, every kⱼ and h_graph, a 0-dim tensor equal to h or None."""
+    """y + h Σ wⱼ kⱼ with gradients to y, every kⱼ and h_graph, a 0-dim tensor equal to h or None.
+    """
     return kernels(y).rk_combine(y, k, weights, h, h_graph)
 
 
@@ -136,7 +139,8 @@ def differentiable_step(
     h: float,
     h_graph: Tensor | None = None,
 ) -> Tensor:
-    """Evaluates the stages that `k` lacks, appends them to it, and returns the solution, all with their graph.
+    """Evaluates the stages that `k` lacks, appends them to it, and returns the solution, all with
+    their graph.
 
     Args:
         field: (stage, state) -> derivative like the state.
@@ -158,7 +162,9 @@ def differentiable_quartic(
     h: float,
     h_graph: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Coefficients of the step's quartic with their graph; evaluate with `reference.evaluate_quartic`."""
+    """Coefficients of the step's quartic with their graph; evaluate with
+    `reference.evaluate_quartic`.
+    """
     middle = combine(y0, k, tableau.m, h, h_graph)
     if h_graph is None:
         h_graph = torch.tensor(h, dtype=y0.real.dtype if y0.is_complex() else y0.dtype)

@@ -1,0 +1,323 @@
+"""From a problem to its solution, with the gradient that was asked for."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adjoint import AdjointRows, AdjointSystem
+from .control import FixedControl
+from .dynamics import Dynamics, Parts
+from .forward import ForwardSystem, Taped, step_with_graph
+from .parameters import first_evaluation
+from .per_sample import ForwardRows, TapedRows, integrate_per_sample, steps_with_graph
+from .problem import Problem
+from .shared import integrate
+
+Tape = list[Taped] | list[TapedRows]
+
+
+def solve(
+    problem: Problem,
+    x: Tensor,
+    context: Tensor | None,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Solves a problem.
+
+    Args:
+        problem: What to solve; its stats are filled in.
+        x: State at the start [B, D].
+        context: Given to the field.
+        start, end: 0-dim tensors equal to the problem's, where they are to have gradients.
+
+    Returns:
+        z at the end [B, D], and its extras, [B] each.
+
+    Raises:
+        SolveError: The solve cannot go on.
+    """
+    if x.shape[0] == 0:
+        zero = x.sum(1)
+        return x.clone(), *(zero.clone() for _ in range(problem.extras))
+    if not torch.is_grad_enabled():
+        return run(Dynamics(problem), x, context, None, None)
+    dynamics = Dynamics(problem)
+    first, parameters = first_evaluation(dynamics, x, context)
+    inputs = (x, context, start, end, *parameters)
+    if not any(v is not None and v.requires_grad for v in inputs):
+        return run(dynamics, x, context, None, first)
+    if problem.gradient == "autograd":
+        tape: Tape = []
+        with torch.no_grad():
+            run(dynamics, x, context, tape, first)
+        before = dynamics.evaluations
+        outputs = replay(dynamics, tape, x, context, _shifts(start, end))
+        problem.stats.nfe_forward += dynamics.evaluations - before
+        return outputs
+    function = _Discrete if problem.gradient == "discrete" else _Adjoint
+    return function.apply(dynamics, first, parameters, x, context, start, end, *parameters)
+
+
+def run(
+    dynamics: Dynamics, x: Tensor, context: Tensor | None, tape: Tape | None, first: Parts | None
+) -> tuple[Tensor, ...]:
+    """Solves forward without a graph, and writes the stats.
+
+    Args:
+        dynamics: Right-hand side.
+        x, context: As for `solve`.
+        tape: Receives the accepted steps, or None.
+        first: The right-hand side at the start, if it is known.
+    """
+    problem = dynamics.problem
+    stats = problem.stats
+    system = ForwardSystem(dynamics, x, context, tape)
+    with torch.no_grad():
+        if problem.per_sample:
+            rows = ForwardRows(dynamics, x, context, tape, system.full)
+            start = None if first is None else rows.join(first)
+            outcome = integrate_per_sample(
+                rows, rows.initial(), problem.start, problem.end, problem.tableau, problem.control,
+                start,
+            )  # fmt: skip
+            outputs = rows.split(outcome.y)
+            stats.accepted += int(outcome.accepted.max())
+            stats.rejected += int(outcome.rejected.max())
+        else:
+            start = None if first is None else system.parts(first)
+            outcome = integrate(
+                system, system.initial(), problem.start, problem.end, problem.tableau,
+                problem.control, start,
+            )  # fmt: skip
+            outputs = system.split(outcome.y)
+            stats.accepted += outcome.accepted
+            stats.rejected += outcome.rejected
+            stats.step_size = outcome.step_size
+    stats.nfe_forward += dynamics.evaluations
+    # Copies: views of one buffer would keep all of it, and refuse in-place use.
+    return tuple(output.clone() for output in outputs)
+
+
+def replay(
+    dynamics: Dynamics,
+    tape: Tape,
+    x: Tensor,
+    context: Tensor | None,
+    shifts: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, ...]:
+    """The accepted steps of a solve again, from x, in differentiable operations."""
+    state = [x, *x.new_zeros(dynamics.problem.extras, x.shape[0])]
+    for taped in tape:
+        if isinstance(taped, Taped):
+            z, *extras = state
+            state = step_with_graph(dynamics, taped.step, z, extras, context, shifts)
+        else:
+            rows = taped.step.rows
+            z, *extras = (part[rows] for part in state)
+            new = steps_with_graph(dynamics, taped.step, z, extras, context, shifts)
+            state = [part.index_copy(0, rows, value) for part, value in zip(state, new)]
+    return tuple(state)
+
+
+def _shifts(start: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Zeros that move with the ends of the interval, in f64; None where neither end does."""
+    if start is None and end is None:
+        return None
+    moving = start if end is None else end
+    zero = torch.zeros((), dtype=torch.float64, device=moving.device)
+    return tuple(zero if time is None else time.double() - time.double().detach() for time in (start, end))
+
+
+class _Discrete(torch.autograd.Function):
+    """Exact gradient of the numbers that were computed, from a tape of accepted steps.
+
+    The tape holds z at the start of every accepted step; backwards, each step is computed again
+    with a graph, differentiated and forgotten. A gradient that is to be differentiated again
+    goes through all the steps with one graph instead.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dynamics, first, parameters, x, context, start, end, *tensors):
+        ctx.tape = []
+        outputs = run(dynamics, x, context, ctx.tape, first)
+        ctx.dynamics = dynamics
+        # The field computes with its own tensors. Saved as well, so that a change in place between
+        # forward and backward (an optimizer's step) is an error and no wrong gradient.
+        ctx.parameters = parameters
+        ctx.save_for_backward(x, context, start, end, *tensors)
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None):
+        x, context, start, end, *_ = ctx.saved_tensors
+        dynamics = ctx.dynamics
+        before = dynamics.evaluations
+        with torch.autocast(x.device.type, enabled=False):
+            differentiate = _replayed_gradient if torch.is_grad_enabled() else _taped_gradient
+            gradients = differentiate(ctx, x, context, start, end, cotangents)
+        dynamics.problem.stats.nfe_backward += dynamics.evaluations - before
+        return None, None, None, *gradients
+
+
+def _replayed_gradient(
+    ctx: Any,
+    x: Tensor,
+    context: Tensor | None,
+    start: Tensor | None,
+    end: Tensor | None,
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradient as a differentiable function of everything."""
+    outputs = replay(ctx.dynamics, ctx.tape, x, context, _shifts(start, end))
+    inputs = [x, context, start, end, *ctx.parameters]
+    needs = ctx.needs_input_grad[3:]
+    pairs = [(o, c) for o, c in zip(outputs, cotangents) if c is not None and o.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [output for output, _ in pairs],
+            [value for value, need in zip(inputs, needs) if need],
+            [cotangent for _, cotangent in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if need else None for need in needs]
+
+
+def _taped_gradient(
+    ctx: Any,
+    x: Tensor,
+    context: Tensor | None,
+    start: Tensor | None,
+    end: Tensor | None,
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradient step by step, last step first."""
+    dynamics, parameters = ctx.dynamics, ctx.parameters
+    problem = dynamics.problem
+    zbar, *extrabars = cotangents
+    zbar = torch.zeros_like(x) if zbar is None else zbar.clone()
+    if all(bar is None for bar in extrabars):
+        extrabars = []  # no divergence is needed for a loss that does not see it
+    extrabars = [x.new_zeros(x.shape[0]) if bar is None else bar for bar in extrabars]
+    need_context, need_start, need_end = ctx.needs_input_grad[4:7]
+    shifts = None
+    others: list[Tensor] = []
+    if need_start or need_end:
+        shifts = tuple(
+            torch.zeros((), dtype=torch.float64, device=x.device, requires_grad=True) for _ in "01"
+        )
+        others += shifts
+    if need_context:
+        context = context.detach().requires_grad_()
+        others.append(context)
+    others += parameters
+    totals: list[Tensor | None] = [None] * len(others)
+    redo = steps_with_graph if problem.per_sample else step_with_graph
+    while_tape = reversed(ctx.tape)
+    for taped in while_tape:
+        rows = taped.step.rows if problem.per_sample else slice(None)
+        with torch.enable_grad():
+            z = taped.z.detach().requires_grad_()
+            extras = [torch.zeros_like(bar[rows]) for bar in extrabars]
+            outputs = redo(dynamics, taped.step, z, extras, context, shifts)
+        bars = [zbar[rows], *(bar[rows] for bar in extrabars)]
+        pairs = [(o, bar) for o, bar in zip(outputs, bars) if o.requires_grad]
+        # A plain field may close over tensors with a history, which every step runs through.
+        zstep, *gradients = torch.autograd.grad(
+            [output for output, _ in pairs],
+            [z, *others],
+            [bar for _, bar in pairs],
+            allow_unused=True,
+            retain_graph=not dynamics.forward_mode,
+        )
+        zbar[rows] = zstep
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                totals[i] = gradient.clone() if totals[i] is None else totals[i].add_(gradient)
+    found = iter(totals)
+    times: list[Tensor | None] = [None, None]
+    if shifts is not None:
+        times = [next(found), next(found)]
+    context_total = next(found) if need_context else None
+    return [
+        zbar if ctx.needs_input_grad[3] else None,
+        context_total,
+        times[0] if need_start else None,
+        times[1] if need_end else None,
+        *found,
+    ]
+
+
+class _Adjoint(torch.autograd.Function):
+    """Gradient by the adjoint differential equation, solved backwards: constant memory.
+
+    As good as the tolerances; for steps per sample the parameters are a quadrature ("seminorm").
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dynamics, first, parameters, x, context, start, end, *tensors):
+        z, *extras = run(dynamics, x, context, None, first)
+        ctx.dynamics = dynamics
+        ctx.parameters = parameters
+        ctx.save_for_backward(x, z, context, start, end, *tensors)
+        ctx.set_materialize_grads(False)
+        return z, *extras
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None):
+        dynamics = ctx.dynamics
+        problem = dynamics.problem
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"the gradient of a solve with gradient={problem.gradient!r} cannot be "
+                "differentiated again (create_graph=True); use gradient='autograd' or 'discrete'"
+            )
+        x, z, context, *_ = ctx.saved_tensors
+        before = dynamics.evaluations
+        with torch.autocast(x.device.type, enabled=False):
+            gradients = _adjoint_gradient(ctx, x, z, context, cotangents)
+        problem.stats.nfe_backward += dynamics.evaluations - before
+        return None, None, None, *gradients
+
+
+def _adjoint_gradient(
+    ctx: Any, x: Tensor, z: Tensor, context: Tensor | None, cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    dynamics = ctx.dynamics
+    problem = dynamics.problem
+    zbar, *extrabars = (
+        like.new_zeros(like.shape) if bar is None else bar
+        for bar, like in zip(cotangents, (z, *[z[:, 0]] * problem.extras))
+    )
+    needs_x, need_context, need_start, need_end = ctx.needs_input_grad[3:7]
+    if need_context:
+        context = context.detach().requires_grad_()
+    others = ([context] if need_context else []) + list(ctx.parameters)
+    arguments = (problem.end, problem.start, problem.tableau, problem.control)
+    if problem.per_sample:
+        rows = AdjointRows(dynamics, others, context, extrabars)
+        outcome = integrate_per_sample(rows, torch.cat((z, zbar), 1), *arguments)
+        xbar, totals = outcome.y[:, z.shape[1] :], rows.totals
+    else:
+        system = AdjointSystem(dynamics, z, others, context, extrabars)
+        outcome = integrate(system, system.initial(zbar), *arguments)
+        xbar, totals = system.gradients(outcome.y)
+
+    def flow_of(time: float, state: Tensor, bar: Tensor) -> Tensor:
+        t = torch.tensor(time, dtype=z.dtype, device=z.device)
+        parts = dynamics.evaluate(t, state, context, problem.probe, True)
+        return sum((b * part.detach()).sum() for b, part in zip((bar, *extrabars), parts))
+
+    start_bar = -flow_of(problem.start, x, xbar) if need_start else None
+    end_bar = flow_of(problem.end, z, zbar) if need_end else None
+    context_bar = totals.pop(0) if need_context else None
+    return [xbar if needs_x else None, context_bar, start_bar, end_bar, *totals]
+
+
+def uses_fixed_steps(problem: Problem) -> bool:
+    return isinstance(problem.control, FixedControl)
