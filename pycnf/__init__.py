@@ -1,9 +1,10 @@
-"""Fast continuous normalizing flows: compiled solvers, exact gradients, and a drop-in torchdiffeq.
-"""
+"""Fast continuous normalizing flows: compiled solvers, exact gradients, a drop-in torchdiffeq."""
 
-from pycnf._build import build_info
+from pycnf._build import build_info  # first: says what to do if the compiled part does not fit
+from pycnf import nn
+from pycnf.flows import CNF
 from pycnf.odeint import odeint, odeint_adjoint
 
 __version__ = "0.1.0"
 
-__all__ = ["build_info", "odeint", "odeint_adjoint"]
+__all__ = ["CNF", "build_info", "nn", "odeint", "odeint_adjoint"]

@@ -32,9 +32,10 @@ struct Rows {
 
   Rows(const at::Tensor& k, const at::Tensor& y0, bool flip) : k(k), flip(flip) {
     check_state(k, "k");
-    TORCH_CHECK(k.dim() == 2 && k.size(1) == y0.numel() && k.size(0) <= kMaxStages,
-                "k must be [stages, ", y0.numel(), "] with at most ", kMaxStages,
-                " stages, got ", k.sizes());
+    TORCH_CHECK(k.dim() == 2 && k.size(1) == y0.numel() && k.size(0) >= 1 &&
+                    k.size(0) <= kMaxStages,
+                "k must be [stages, ", y0.numel(), "] with 1 to ", kMaxStages, " stages, got ",
+                k.sizes());
     TORCH_CHECK(k.scalar_type() == y0.scalar_type() && k.device() == y0.device(),
                 "k must have y0's dtype and device");
   }
@@ -81,7 +82,8 @@ struct Rows {
     auto target = k.select(0, index(stage));
     int64_t begin = 0;
     for (const auto& part : fresh) {
-      target.narrow(0, begin, part.numel()).view(part.sizes()).copy_(part);
+      // Detached: the rows carry no graph, whatever the field returned.
+      target.narrow(0, begin, part.numel()).view(part.sizes()).copy_(part.detach());
       begin += part.numel();
     }
     return nullptr;

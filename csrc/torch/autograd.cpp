@@ -5,6 +5,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <vector>
+
 namespace pycnf {
 namespace {
 
@@ -71,7 +73,12 @@ struct Combine : torch::autograd::Function<Combine> {
 
 at::Tensor rk_combine_autograd(const at::Tensor& y, at::TensorList k, at::ArrayRef<double> weights,
                                double h, const std::optional<at::Tensor>& h_graph) {
-  return Combine::apply(y, h_graph, k, weights, h);
+  // Gradients come in y's shape.
+  std::vector<at::Tensor> rows = k.vec();
+  for (auto& row : rows) {
+    if (row.sizes() != y.sizes() && row.numel() == y.numel()) row = row.reshape(y.sizes());
+  }
+  return Combine::apply(y, h_graph, at::TensorList(rows), weights, h);
 }
 
 }  // namespace

@@ -111,7 +111,7 @@ def _read_pt(path: Path) -> np.ndarray:
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises as many types as there are ways to be damaged
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+        if "Unsupported global" in str(error):
             raise InputError(
                 f"{path} holds Python objects, which pycnf does not unpickle for your safety; "
                 "save the tensor alone: torch.save(tensor, path)."

@@ -72,39 +72,35 @@ class Standardize(nn.Module):
 
 
 class Whiten(nn.Module):
-    """``y = C^(-1/2) (x - mean)`` with the symmetric root of the covariance (ZCA).
+    """``y = R^(-1/2) (x - mean) / std`` with the symmetric root of the correlation matrix R.
 
-    Of all whitenings this one changes the data least, so a pixel stays recognisably itself.
+    Of all whitenings this one leaves y most like the standardized columns, so a pixel stays
+    recognisably itself; and it is blind to the columns' units.
     """
 
     def __init__(self, features: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(features, dtype=torch.float64))
+        self.standardize = Standardize(features)
         self.register_buffer("matrix", torch.eye(features, dtype=torch.float64))
 
     def fit(self, x: Tensor, columns: Sequence[str]) -> Whiten:
         """Takes mean and covariance from the rows of x; ``columns`` name the culprits."""
-        # Standardizing first names constant columns and makes the rank test blind to units.
-        unit = Standardize(x.shape[1]).fit(x, columns)
-        correlation = torch.corrcoef(x.T).reshape(x.shape[1], x.shape[1])
-        spread = torch.linalg.eigvalsh(correlation)
-        if spread[0] <= 1e-10 * spread[-1]:
+        unit, _ = self.standardize.fit(x, columns)(x)
+        values, vectors = torch.linalg.eigh(unit.T @ unit / (len(x) - 1))
+        if values[0] <= 1e-10 * values[-1]:
             raise InputError(
                 f"Whitening needs linearly independent columns, and in these {len(x)} training "
                 "rows some column is a combination of others; use --preprocess standardize."
             )
-        covariance = correlation * unit.std * unit.std[:, None]
-        values, vectors = torch.linalg.eigh(covariance)
-        self.mean = unit.mean
         self.matrix = vectors @ torch.diag(values.rsqrt()) @ vectors.T
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = (x - self.mean) @ self.matrix.T
-        return y, torch.linalg.slogdet(self.matrix).logabsdet.expand(len(x))
+        unit, logdet = self.standardize(x)
+        return unit @ self.matrix, logdet + torch.linalg.slogdet(self.matrix).logabsdet
 
     def inverse(self, y: Tensor) -> Tensor:
-        return torch.linalg.solve(self.matrix, y.T).T + self.mean
+        return self.standardize.inverse(torch.linalg.solve(self.matrix, y.T).T)
 
 
 class Preprocess(nn.Module):

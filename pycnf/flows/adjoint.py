@@ -78,9 +78,7 @@ class AdjointSystem:
         problem = self.dynamics.problem
         with torch.enable_grad():
             z = z.detach().requires_grad_()
-            parts = self.dynamics.evaluate(
-                t, z, self.context, problem.probe, bool(self.extrabars)
-            )
+            parts = self.dynamics.evaluate(t, z, self.context, problem.probe, bool(self.extrabars))
         gradients = _pull(self.dynamics, parts, [z, *self.others], (a, *self.extrabars))
         fresh = [parts[0].detach(), -gradients[0]]
         if self.quadrature:
@@ -109,6 +107,7 @@ class AdjointRows:
 
     Args:
         dynamics: Right-hand side of the flow.
+        features: D.
         others: θ: the tensors that need gradients beside the state.
         context: Given to the field.
         extrabars: Cotangents of the extras, [B] each.
@@ -117,6 +116,7 @@ class AdjointRows:
     def __init__(
         self,
         dynamics: Dynamics,
+        features: int,
         others: list[Tensor],
         context: Tensor | None,
         extrabars: list[Tensor],
@@ -126,7 +126,7 @@ class AdjointRows:
         self.context = context
         self.extrabars = extrabars
         self.totals = [torch.zeros_like(other) for other in others]
-        self.columns: list[tuple[int, int]] = []
+        self.columns = [(0, features), (features, 2 * features)]
 
     def evaluate(self, t: Tensor, y: Tensor, rows: Tensor, stage: int) -> Tensor:
         z, a = y.chunk(2, 1)
@@ -150,9 +150,7 @@ class AdjointRows:
             parts, _ = self._parts(steps.stage_time(tableau.c[i]).to(z.dtype), z, steps.rows)
             scale = -weight * steps.h.to(z.dtype)
             bars = (scale.unsqueeze(1) * a, *(scale * bar[steps.rows] for bar in self.extrabars))
-            for total, gradient in zip(
-                self.totals, _pull(self.dynamics, parts, self.others, bars)
-            ):
+            for total, gradient in zip(self.totals, _pull(self.dynamics, parts, self.others, bars)):
                 total.add_(gradient)
 
     def _parts(self, t: Tensor, z: Tensor, rows: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:

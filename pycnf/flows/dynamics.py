@@ -1,8 +1,8 @@
 """The field with its extras (divergence, regularizers), evaluated and counted."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from pycnf.nn.divergence import (
@@ -31,12 +31,19 @@ class Dynamics:
 
     Attributes:
         evaluations: How often the field has been evaluated.
+        full: For every stage, whether its extras have a weight in the solution or in the error;
+            where they have none (dopri5's second stage) no divergence is needed.
     """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.forward_mode = has_forward_mode(problem.field)
         self.evaluations = 0
+        tableau = problem.tableau
+        self.full = [weight != 0 for weight in tableau.b]
+        if tableau.adaptive:
+            # The first stage also starts the solve and may be the last of the step before.
+            self.full = [i == 0 or full or tableau.e[i] != 0 for i, full in enumerate(self.full)]
         self._jacobian = "jacobian" in problem.regularizers
 
     def at(
@@ -109,4 +116,4 @@ class Dynamics:
     def _fits(self, count: int) -> bool:
         field = self.problem.field
         widths = (field.features, *field.hidden, field.features)
-        return count * sum(a * b for a, b in zip(widths[:-1], widths[1:])) <= WEIGHTS_AT_ONCE
+        return count * sum(a * b for a, b in pairwise(widths)) <= WEIGHTS_AT_ONCE

@@ -10,7 +10,7 @@ from pycnf.odeint.stepper import combine
 from pycnf.odeint.tableau import Tableau
 
 from .control import stage_times
-from .dynamics import Dynamics
+from .dynamics import Dynamics, Parts
 from .shared import Step
 
 
@@ -42,11 +42,6 @@ class ForwardSystem:
         self.tape = tape
         batch, size = x.shape[0], x.numel()
         self.segments = [0, size] + ([size, size + batch] if problem.divergence else [])
-        # One row of the error weights, one of the solution's: a stage without weight in either
-        # needs no divergence. The first stage may be weighed as the last of the step before.
-        self.full = problem.full_stages([problem.tableau.b, problem.tableau.e or problem.tableau.b])
-        if problem.tableau.adaptive:
-            self.full[0] = True
         self.zeros = list(x.new_zeros(problem.extras, batch))
 
     def initial(self) -> Tensor:
@@ -62,10 +57,11 @@ class ForwardSystem:
         self, times: Sequence[float], stages: Sequence[int]
     ) -> list[Callable[[Tensor], list[Tensor]]]:
         t = torch.tensor(times, dtype=self.x.dtype, device=self.x.device)
-        fields = self.dynamics.at(t, self.x, self.context, [self.full[i] for i in stages])
-        return [lambda y, field=field: self._parts(field(self.split(y)[0])) for field in fields]
+        fields = self.dynamics.at(t, self.x, self.context, [self.dynamics.full[i] for i in stages])
+        return [lambda y, field=field: self.parts(field(self.split(y)[0])) for field in fields]
 
-    def _parts(self, parts: tuple[Tensor, ...]) -> list[Tensor]:
+    def parts(self, parts: Parts) -> list[Tensor]:
+        """Parts for the stepper: extras that were not evaluated are zero."""
         return [*parts, *self.zeros] if len(parts) == 1 else list(parts)
 
     def accept(self, step: Step, y: Tensor, tableau: Tableau) -> None:

@@ -172,9 +172,7 @@ class _Samples:
     def _evaluate(self, t: Tensor, y: Tensor, rows: Tensor, stage: int) -> Tensor:
         return self.system.evaluate(t.to(y.dtype), y, rows, stage)
 
-    def _attempt(
-        self, steps: Steps, f0: Tensor
-    ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    def _attempt(self, steps: Steps, f0: Tensor) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
         """Solution, stage derivatives, stage states, and error per sample (inf: not finite)."""
         y, h = self.y, steps.h.to(self.y.dtype).unsqueeze(1)
         k = f0.new_empty(self.tableau.stages, *f0.shape)
@@ -263,7 +261,6 @@ class ForwardRows:
         x: States at the start [B, D].
         context: Given to the field.
         tape: Receives accepted steps, or None.
-        full: For every stage, whether its extras have a weight.
     """
 
     def __init__(
@@ -272,13 +269,11 @@ class ForwardRows:
         x: Tensor,
         context: Tensor | None,
         tape: list[TapedRows] | None,
-        full: Sequence[bool],
     ) -> None:
         self.dynamics = dynamics
         self.x = x
         self.context = context
         self.tape = tape
-        self.full = full
         self.extras = dynamics.problem.extras
         features = x.shape[1]
         self.columns = [(0, features)] + ([(features, features + 1)] if self.extras else [])
@@ -299,7 +294,7 @@ class ForwardRows:
     def evaluate(self, t: Tensor, y: Tensor, rows: Tensor, stage: int) -> Tensor:
         context, probe = rows_of(self.dynamics, self.context, rows)
         z = self.split(y)[0].contiguous()
-        return self.join(self.dynamics.evaluate(t, z, context, probe, self.full[stage]))
+        return self.join(self.dynamics.evaluate(t, z, context, probe, self.dynamics.full[stage]))
 
     def accept(self, steps: Steps, states: Sequence[Tensor]) -> None:
         if self.tape is not None:
@@ -346,4 +341,3 @@ def steps_with_graph(
         full = bool(extras) and tableau.b[i] != 0
         stages.append(dynamics.evaluate(t, zi, context, probe, full))
     return [total(state, part, tableau.b) for part, state in enumerate((z, *extras))]
-

@@ -1,6 +1,5 @@
 """What is to be solved: one flow, one direction, one batch."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -53,7 +52,3 @@ class Problem:
     def extras(self) -> int:
         """Number of extra states per sample."""
         return 1 + len(self.regularizers) if self.divergence else 0
-
-    def full_stages(self, weights: Sequence[Sequence[float]]) -> list[bool]:
-        """Which stages have a weight in any of the sums, and so need their extras."""
-        return [any(row[i] != 0 for row in weights) for i in range(self.tableau.stages)]

@@ -7,6 +7,7 @@ solve a flow and its adjoint. The stages run in compiled ops around the field's 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NoReturn, Protocol
 
 import torch
@@ -58,7 +59,7 @@ class System(Protocol):
     def at(
         self, times: Sequence[float], stages: Sequence[int]
     ) -> list[Callable[[Tensor], list[Tensor]]]:
-        """The right-hand side at the times of some stages: functions from the state to its parts."""
+        """The right-hand side at the times of some stages: functions of the flat state."""
 
     def accept(self, step: Step, y: Tensor, tableau: Tableau) -> None:
         """Hears of an accepted step and the state it began with."""
@@ -128,7 +129,7 @@ class _Fixed:
         first: Sequence[Tensor] | None,
     ) -> Outcome:
         count = len(grid) - 1
-        for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
+        for i, (t, t_next) in enumerate(pairwise(grid)):
             if control.num_steps is not None:
                 ahead = i / count
                 slopes = (1 - ahead, ahead), (-1 / count, 1 / count)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from .adjoint import AdjointRows, AdjointSystem
-from .control import FixedControl
 from .dynamics import Dynamics, Parts
 from .forward import ForwardSystem, Taped, step_with_graph
 from .parameters import first_evaluation
@@ -74,10 +73,9 @@ def run(
     """
     problem = dynamics.problem
     stats = problem.stats
-    system = ForwardSystem(dynamics, x, context, tape)
     with torch.no_grad():
         if problem.per_sample:
-            rows = ForwardRows(dynamics, x, context, tape, system.full)
+            rows = ForwardRows(dynamics, x, context, tape)
             start = None if first is None else rows.join(first)
             outcome = integrate_per_sample(
                 rows, rows.initial(), problem.start, problem.end, problem.tableau, problem.control,
@@ -87,6 +85,7 @@ def run(
             stats.accepted += int(outcome.accepted.max())
             stats.rejected += int(outcome.rejected.max())
         else:
+            system = ForwardSystem(dynamics, x, context, tape)
             start = None if first is None else system.parts(first)
             outcome = integrate(
                 system, system.initial(), problem.start, problem.end, problem.tableau,
@@ -128,7 +127,9 @@ def _shifts(start: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor] |
         return None
     moving = start if end is None else end
     zero = torch.zeros((), dtype=torch.float64, device=moving.device)
-    return tuple(zero if time is None else time.double() - time.double().detach() for time in (start, end))
+    return tuple(
+        zero if time is None else time.double() - time.double().detach() for time in (start, end)
+    )
 
 
 class _Discrete(torch.autograd.Function):
@@ -199,11 +200,8 @@ def _taped_gradient(
     """The gradient step by step, last step first."""
     dynamics, parameters = ctx.dynamics, ctx.parameters
     problem = dynamics.problem
-    zbar, *extrabars = cotangents
-    zbar = torch.zeros_like(x) if zbar is None else zbar.clone()
-    if all(bar is None for bar in extrabars):
-        extrabars = []  # no divergence is needed for a loss that does not see it
-    extrabars = [x.new_zeros(x.shape[0]) if bar is None else bar for bar in extrabars]
+    zbar, extrabars = _filled(x, cotangents)
+    zbar = zbar.clone()
     need_context, need_start, need_end = ctx.needs_input_grad[4:7]
     shifts = None
     others: list[Tensor] = []
@@ -218,8 +216,7 @@ def _taped_gradient(
     others += parameters
     totals: list[Tensor | None] = [None] * len(others)
     redo = steps_with_graph if problem.per_sample else step_with_graph
-    while_tape = reversed(ctx.tape)
-    for taped in while_tape:
+    for taped in reversed(ctx.tape):
         rows = taped.step.rows if problem.per_sample else slice(None)
         with torch.enable_grad():
             z = taped.z.detach().requires_grad_()
@@ -251,6 +248,18 @@ def _taped_gradient(
         times[1] if need_end else None,
         *found,
     ]
+
+
+def _filled(z: Tensor, cotangents: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+    """The cotangents of z and of the extras, zeros for missing ones; no extras if none is there.
+
+    A loss that sees no extras needs no divergence in its gradient.
+    """
+    zbar, *extrabars = cotangents
+    zbar = torch.zeros_like(z) if zbar is None else zbar
+    if all(bar is None for bar in extrabars):
+        return zbar, []
+    return zbar, [z.new_zeros(z.shape[0]) if bar is None else bar for bar in extrabars]
 
 
 class _Adjoint(torch.autograd.Function):
@@ -290,17 +299,14 @@ def _adjoint_gradient(
 ) -> list[Tensor | None]:
     dynamics = ctx.dynamics
     problem = dynamics.problem
-    zbar, *extrabars = (
-        like.new_zeros(like.shape) if bar is None else bar
-        for bar, like in zip(cotangents, (z, *[z[:, 0]] * problem.extras))
-    )
+    zbar, extrabars = _filled(z, cotangents)
     needs_x, need_context, need_start, need_end = ctx.needs_input_grad[3:7]
     if need_context:
         context = context.detach().requires_grad_()
     others = ([context] if need_context else []) + list(ctx.parameters)
     arguments = (problem.end, problem.start, problem.tableau, problem.control)
     if problem.per_sample:
-        rows = AdjointRows(dynamics, others, context, extrabars)
+        rows = AdjointRows(dynamics, z.shape[1], others, context, extrabars)
         outcome = integrate_per_sample(rows, torch.cat((z, zbar), 1), *arguments)
         xbar, totals = outcome.y[:, z.shape[1] :], rows.totals
     else:
@@ -317,7 +323,3 @@ def _adjoint_gradient(
     end_bar = flow_of(problem.end, z, zbar) if need_end else None
     context_bar = totals.pop(0) if need_context else None
     return [xbar if needs_x else None, context_bar, start_bar, end_bar, *totals]
-
-
-def uses_fixed_steps(problem: Problem) -> bool:
-    return isinstance(problem.control, FixedControl)

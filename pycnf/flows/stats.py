@@ -16,6 +16,7 @@ class SolveStats:
         accepted: Accepted steps; with steps per sample, of the sample that took most.
         rejected: Rejected attempts; with steps per sample, of the sample that had most.
         engine: "generic".
+        step_size: What the controller would have tried next; None with steps per sample.
         regularizers: For each name the weighted integral of every sample [B], differentiable:
             `loss = (-log_prob + sum(stats.regularizers.values())).mean()`.
     """
@@ -25,4 +26,5 @@ class SolveStats:
     accepted: int = 0
     rejected: int = 0
     engine: str = "generic"
+    step_size: float | None = None
     regularizers: dict[str, Tensor] = field(default_factory=dict)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..data import Dataset, stream
+from ..flows import SolveError
 from . import checkpoint
 from .config import Config
 from .folder import RunFolder
@@ -194,9 +195,8 @@ class Trainer:
         try:
             loss = -flow.log_prob(y, seed=seed).mean()
             loss.backward()
-        except (RuntimeError, AssertionError, ArithmeticError) as error:
-            # The solver gives up (step size underflow, max_num_steps, non-finite states).
-            raise Diverged(self._trouble(f"the solver gave up ({_first_line(error)})")) from error
+        except SolveError as error:
+            raise Diverged(self._trouble(f"the solver gave up ({_gist(error)})")) from error
         stats = flow.stats
         norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), self.config.clip)
         if not torch.isfinite(loss):
@@ -254,8 +254,8 @@ class Trainer:
     def _validate(self, last: bool) -> None:
         try:
             nll = -self.model.log_prob(self._validation).mean().item()
-        except (RuntimeError, AssertionError, ArithmeticError) as error:
-            raise Diverged(self._trouble(f"validation failed ({_first_line(error)})")) from error
+        except SolveError as error:
+            raise Diverged(self._trouble(f"validation failed ({_gist(error)})")) from error
         if not math.isfinite(nll):
             raise Diverged(self._trouble("the validation likelihood stopped being a number"))
         loss, forward, backward, _ = self._means()
@@ -279,5 +279,5 @@ class Trainer:
         self.progress.pause()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _gist(error: SolveError) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")

@@ -113,9 +113,9 @@ class Model(nn.Module):
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            z = self.exact.base.sample((n,)).to(self.dtype)
-        times = torch.linspace(self.exact.t0, self.exact.t1, count, dtype=self.dtype)
-        return self.exact.trajectory(z, times).double()
+            y = self.exact.sample(n)
+        times = torch.linspace(self.exact.t0, self.exact.t1, count, dtype=torch.float64)
+        return self.exact.trajectory(y, times).double()
 
     def state(self) -> dict[str, Any]:
         """The model's part of a checkpoint."""

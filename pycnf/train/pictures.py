@@ -63,6 +63,8 @@ def sample_figure(model: Model, data: Dataset, drawn: Tensor) -> Figure:
     if data.kind == "digits":
         return digit_grids(quantize(data.test), quantize(drawn))
     real = torch.cat([data.test, data.validation, data.epoch(0)])[:SHOWN]
+    if data.features == 1:
+        return line_panel(model, data, real, drawn)
     if data.features == 2:
         return density_panels(model, data, real, drawn[:SHOWN])
     return pair_panel(data.columns, real, drawn, data.name)
@@ -119,10 +121,38 @@ def flow_panels(model: Model, data: Dataset) -> Figure:
     axes = figure.subplots(1, FRAMES)
     side = 3.2  # of both the base N(0, I) and the standardized data nearly everything is within
     for i, (ax, points) in enumerate(zip(axes, frames)):
-        ax.hist2d(*points.T.numpy(), bins=140, range=((-side, side), (-side, side)), cmap=DENSITY)
-        ax.set(xticks=[], yticks=[], box_aspect=1)
+        counts = torch.histogramdd(
+            points.cpu(), bins=[110, 110], range=[-side, side, -side, side]
+        ).hist
+        ax.imshow(counts.T.sqrt(), origin="lower", cmap=DENSITY, interpolation="bicubic")
+        ax.set(xticks=[], yticks=[])
         _title(ax, f"t = {i / (FRAMES - 1):g}")
     figure.suptitle(f"from noise to {data.name}", color=INK, fontsize=13, fontweight="bold")
+    return figure
+
+
+def line_panel(model: Model, data: Dataset, real: Tensor, drawn: Tensor) -> Figure:
+    """One column: histograms of data and samples under the flow's density."""
+    figure = _figure(7.0, 4.2)
+    ax = figure.subplots()
+    limits = _limits(real[:, 0])
+    for points, colour, label in ((real, DATA, "data"), (drawn, MODEL, "samples of the flow")):
+        ax.hist(
+            points[:, 0].numpy(),
+            bins=48,
+            range=limits,
+            density=True,
+            color=colour,
+            alpha=0.35,
+            label=label,
+        )
+    x = torch.linspace(*limits, 4 * GRID, dtype=torch.float64)
+    ax.plot(x, model.log_prob(x[:, None]).exp(), color=INK, lw=1.8, label="density of the flow")
+    ax.set_xlabel(data.columns[0], color=INK)
+    ax.set(xlim=limits, yticks=[])
+    ax.legend(frameon=False, labelcolor=INK)
+    _title(ax, "")
+    figure.suptitle(data.name, color=INK, fontsize=15, fontweight="bold")
     return figure
 
 
@@ -227,21 +257,14 @@ def curves(rows: list[dict[str, Any]], data: Dataset) -> Figure:
     )
     if judged:
         best = min(judged, key=lambda row: row["validation_nll"])
-        left.scatter(best["step"], best["validation_nll"], s=34, color=MODEL, zorder=3)
-        left.annotate(
-            f"best {best['validation_nll']:.3f}",
-            (best["step"], best["validation_nll"]),
-            xytext=(0, 9),
-            textcoords="offset points",
-            ha="right",
-            color=MODEL,
-            fontsize=9,
-        )
+        where, value = best["step"], best["validation_nll"]
+        left.plot(where, value, "o", color=MODEL, ms=6, clip_on=False, label=f"best {value:.3f}")
     _zoom(left, [row["loss"] for row in rows])
     _title(left, "negative log-likelihood, nats a row")
     right.plot(steps, [row["nfe_forward"] for row in rows], color=DATA, lw=1.8, label="forward")
     right.plot(steps, [row["nfe_backward"] for row in rows], color=MODEL, lw=1.8, label="backward")
     right.set_ylim(bottom=0)
+    right.locator_params(axis="y", integer=True)
     _title(right, "function evaluations a solve")
     for ax in (left, right):
         ax.set_xlabel("step", color=INK)
@@ -261,6 +284,7 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(h_pad=0.09, w_pad=0.07)
     FigureCanvasAgg(figure)
     return figure
 

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench` measures pycnf beside its peers on this machine."""

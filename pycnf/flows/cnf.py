@@ -1,0 +1,539 @@
+"""Continuous normalizing flows: densities by solving a differential equation."""
+
+import dataclasses
+import difflib
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pycnf._ops import probe_keys, probe_sample
+from pycnf.nn.divergence import VectorField
+from pycnf.nn.fusion import why_not_fused
+from pycnf.odeint.tableau import TABLEAUX, Tableau
+
+from .control import AdaptiveControl, FixedControl
+from .distributions import StandardNormal
+from .dynamics import REGULARIZERS
+from .problem import Problem
+from .solve import solve
+from .stats import SolveStats
+
+CHOICES = {
+    "divergence": ("hutchinson", "exact"),
+    "noise": ("rademacher", "gaussian"),
+    "gradient": ("discrete", "continuous", "seminorm", "autograd"),
+    "steps": ("shared", "per-sample"),
+    "engine": ("auto", "fused", "generic"),
+    "method": tuple(TABLEAUX),
+}
+ADAPTIVE_OPTIONS = ("first_step", "max_step", "safety", "ifactor", "dfactor")
+FIXED_OPTIONS = ("step_size", "num_steps")
+
+
+class CNF(nn.Module):
+    """A continuous normalizing flow (FFJORD, Grathwohl et al. 2019).
+
+    Data x at time t1 flow along dz/dt = f(t, z) back to the base distribution at t0:
+
+        log p(x) = log p_base(z(t0)) + logdet,   logdet = −∫_{t0}^{t1} tr(∂f/∂z) dt.
+
+    Gradients: "discrete" (the exact gradient of the computed numbers, from a tape of accepted
+    steps), "continuous" (the adjoint equation, constant memory), "seminorm" (the same, the
+    parameters not driving the step size) or "autograd" (through the solver's operations). A
+    discrete or autograd gradient can be differentiated again. Gradients flow to x, context, base
+    and field; see `flows.parameters` for how a plain callable's parameters are found.
+
+    Args:
+        field: f(t, z), or f(t, z, context) where a context is given; t 0-dim, or [B] with steps
+            per sample; z [B, D]. Row i of the result must depend on row i of z only.
+        divergence: "hutchinson" (random probes) or "exact".
+        noise: Of the probes: "rademacher" or "gaussian".
+        probes: K, number of probes.
+        method: An adaptive method (dopri5 dopri8 tsit5 bosh3 fehlberg2 adaptive_heun) or a fixed
+            one (euler midpoint heun2 heun3 rk4).
+        rtol, atol: Tolerances of adaptive methods.
+        t0, t1: Times of base and data; a tensor that requires a gradient gets one.
+        options: For adaptive methods first_step, max_step, safety, ifactor, dfactor; for fixed ones
+            step_size or num_steps, one of which must be given.
+        max_num_steps: Largest number of attempted steps of an adaptive method.
+        gradient: "discrete", "continuous", "seminorm" or "autograd".
+        steps: "shared" by the batch or "per-sample"; then "continuous" means "seminorm".
+        engine: "auto", "fused" or "generic"; `explain()` says which it is and why.
+        base: Distribution with `log_prob` [B, D] -> [B] and `sample`; None for N(0, I).
+        regularizers: Weights of "kinetic", ∫‖f‖² dt, and "jacobian", ∫‖∂f/∂z‖_F² dt (RNODE, Finlay
+            et al. 2020), left in `stats.regularizers` by each solve with a logdet. They are
+            quadratures outside the error control.
+
+    Attributes:
+        stats: `SolveStats` of the newest forward; None before.
+
+    Raises:
+        TypeError, ValueError: An argument is not as described; the message names it.
+
+    Example:
+        >>> flow = CNF(MLP(2))
+        >>> loss = -flow.log_prob(torch.randn(512, 2)).mean()
+        >>> loss.backward()
+        >>> samples = flow.sample(100)
+    """
+
+    def __init__(
+        self,
+        field: VectorField,
+        divergence: str = "hutchinson",
+        noise: str = "rademacher",
+        probes: int = 1,
+        method: str = "dopri5",
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        t0: float | Tensor = 0.0,
+        t1: float | Tensor = 1.0,
+        options: Mapping[str, Any] | None = None,
+        max_num_steps: int = 1000,
+        gradient: str = "discrete",
+        steps: str = "shared",
+        engine: str = "auto",
+        base: Any = None,
+        regularizers: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(field):
+            raise TypeError(f"field: got {type(field).__name__}, expected a callable f(t, z)")
+        self.field = field
+        self.divergence = divergence
+        self.noise = noise
+        self.probes = probes
+        self.method = method
+        self.rtol = rtol
+        self.atol = atol
+        self._set_time("t0", t0)
+        self._set_time("t1", t1)
+        self.options = dict(options or {})
+        self.max_num_steps = max_num_steps
+        self.gradient = gradient
+        self.steps = steps
+        self.engine = engine
+        self.regularizers = dict(regularizers or {})
+        self._check()
+        if base is None:
+            base = StandardNormal(getattr(field, "features", None))
+            like = _tensor_of(field)
+            if like is not None:
+                base = base.to(like)
+        self.base = base
+        self.stats: SolveStats | None = None
+        self._warned = False
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        probe: Tensor | None = None,
+        seed: int | None = None,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Data to base.
+
+        Args:
+            x: Data [B, D], in the field's dtype.
+            context: [B, C] or [C], given to the field; None for a field without.
+            probe: Probes [K, B, D] to use instead of random ones.
+            seed: Of the random probes; None for one draw from torch's generator.
+            keys: int64 [B], which choose each sample's probe for a seed; None for a hash of the
+                row, so that a sample sees the same probe in any batch.
+
+        Returns:
+            z [B, D] and logdet [B] = log|det ∂z/∂x|.
+
+        Raises:
+            TypeError, ValueError: An argument is not as described.
+            SolveError: The solve cannot go on.
+        """
+        z, (logdet, *_) = self._flow(x, context, True, probe, seed, keys, inverse=False)
+        return z, logdet
+
+    def inverse(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        probe: Tensor | None = None,
+        seed: int | None = None,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Base to data; arguments as `forward`'s.
+
+        Returns:
+            x [B, D] and the logdet [B] that `forward` has for this pair (keys are the hash of z
+            here: with random probes, give `probe` or `keys` for equal estimates):
+            log p(x) = base.log_prob(z) + logdet.
+        """
+        x, (logdet, *_) = self._flow(z, context, True, probe, seed, keys, inverse=True)
+        return x, logdet
+
+    def log_prob(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        probe: Tensor | None = None,
+        seed: int | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
+        """Log-density [B] of the rows of x; arguments as `forward`'s.
+
+        In eval mode a random estimate says so, once, by a warning: it is unbiased, but its
+        exponential is not, and reported likelihoods should be exact.
+        """
+        self._warn_of_estimate()
+        z, logdet = self(x, context, probe, seed, keys)
+        return self._base_log_prob(z) + logdet
+
+    @torch.no_grad()
+    def sample(self, n: int, context: Tensor | None = None) -> Tensor:
+        """Draws samples [n, D], without a gradient; `sample_and_log_prob` has one.
+
+        Args:
+            n: Number of samples.
+            context: [n, C] or [C].
+        """
+        return self._flow(self._base_sample(n), context, False, None, None, None, inverse=True)[0]
+
+    def sample_and_log_prob(
+        self,
+        n: int,
+        context: Tensor | None = None,
+        probe: Tensor | None = None,
+        seed: int | None = None,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draws samples [n, D] with their log-densities [n] in one solve, differentiable.
+
+        `n` and `context` as for `sample`, the others as for `forward`.
+        """
+        self._warn_of_estimate()
+        z = self._base_sample(n)
+        x, logdet = self.inverse(z, context, probe, seed, keys)
+        return x, self._base_log_prob(z) + logdet
+
+    def trajectory(
+        self, x: Tensor, times: Sequence[float] | Tensor, context: Tensor | None = None
+    ) -> Tensor:
+        """Where x, given at t1, is at other times.
+
+        Steps end on the times, so the states are as good as any other result. Differentiable by x,
+        context and field.
+
+        Args:
+            x: Data [B, D].
+            times: Times between t0 and t1, in any order.
+            context: As for `forward`.
+
+        Returns:
+            States [len(times), B, D].
+
+        Raises:
+            ValueError: A time is not between t0 and t1.
+        """
+        x, context = self._check_input(x, context)
+        wanted = [float(time) for time in times]
+        first, last = float(self.t1), float(self.t0)
+        for time in wanted:
+            if not min(first, last) <= time <= max(first, last):
+                raise ValueError(
+                    f"times: got {time}, expected times between t0 = {last} and t1 = {first}"
+                )
+        stats = SolveStats()
+        control = self._control()
+        if isinstance(control, FixedControl) and control.num_steps is not None:
+            control = FixedControl(step_size=abs(first - last) / control.num_steps)
+        states = {first: x}
+        now = first
+        for time in sorted(set(wanted) - {first}, key=lambda time: abs(time - first)):
+            if isinstance(control, AdaptiveControl) and stats.step_size is not None:
+                control = dataclasses.replace(control, first_step=stats.step_size)
+            problem = self._problem(now, time, None, 1.0, stats, divergence=False)
+            problem.control = control
+            (states[time],) = self._solve(problem, states[now], context, None, None)
+            now = time
+        self.stats = stats
+        return (
+            torch.stack([states[time] for time in wanted]) if wanted else x.new_empty(0, *x.shape)
+        )
+
+    def explain(self) -> str:
+        """One sentence: which engine runs this flow, and why."""
+        self._check()
+        if self.engine == "generic":
+            why = "engine='generic' was asked for"
+        else:
+            why = why_not_fused(self.field)
+        return f"The generic engine (compiled Runge-Kutta steps around the field's code): {why}."
+
+    def extra_repr(self) -> str:
+        return (
+            f"divergence={self.divergence!r}, method={self.method!r}, rtol={self.rtol}, "
+            f"atol={self.atol}, gradient={self.gradient!r}, steps={self.steps!r}"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The newest solve's statistics may hold its graph, which can be neither copied nor pickled.
+        return {**self.__dict__, "stats": None}
+
+    # ---- arguments -------------------------------------------------------------------------------
+
+    def _set_time(self, name: str, time: float | Tensor) -> None:
+        if isinstance(time, Tensor):
+            if time.dim() != 0:
+                raise ValueError(f"{name}: got shape {tuple(time.shape)}, expected a 0-dim time")
+            if not isinstance(time, nn.Parameter):
+                self.register_buffer(name, time, persistent=False)
+                return
+        setattr(self, name, time)
+
+    def _check(self) -> None:
+        """Checks everything that can be set, so also what was changed after construction."""
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                near = difflib.get_close_matches(str(value), choices, n=1)
+                hint = f". Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"{name}: got {value!r}, expected one of {', '.join(choices)}{hint}"
+                )
+        for name in ("probes", "max_num_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1")
+        for name in ("rtol", "atol"):
+            value = float(getattr(self, name))
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}: got {value}, expected a number of at least 0")
+        if float(self.rtol) == float(self.atol) == 0:
+            raise ValueError("rtol, atol: got 0 for both, expected one above 0")
+        t0, t1 = float(self.t0), float(self.t1)
+        if not (math.isfinite(t0) and math.isfinite(t1)) or t0 == t1:
+            raise ValueError(f"t0, t1: got {t0} and {t1}, expected two different times")
+        for name, weight in self.regularizers.items():
+            if name not in REGULARIZERS:
+                raise ValueError(
+                    f"regularizers: got {name!r}, expected any of {', '.join(REGULARIZERS)}"
+                )
+            if not math.isfinite(weight):
+                raise ValueError(f"regularizers: got {weight} for {name!r}, expected a weight")
+        if self.engine == "fused":
+            raise ValueError(f"engine: got 'fused', but {why_not_fused(self.field)}")
+        self._control()
+
+    def _control(self) -> AdaptiveControl | FixedControl:
+        tableau = TABLEAUX[self.method]
+        known = ADAPTIVE_OPTIONS if tableau.adaptive else FIXED_OPTIONS
+        for name in self.options:
+            if name not in known:
+                raise ValueError(
+                    f"options: got {name!r}, expected any of {', '.join(known)} "
+                    f"for method {self.method!r}"
+                )
+        if tableau.adaptive:
+            for name, value in self.options.items():
+                if not float(value) > 0:
+                    raise ValueError(f"options: got {name}={value}, expected a number above 0")
+            options = {name: float(value) for name, value in self.options.items()}
+            return AdaptiveControl(
+                float(self.rtol), float(self.atol), self.max_num_steps, **options
+            )
+        if len(self.options) != 1:
+            raise ValueError(
+                f"options: got {self.options}, expected step_size or num_steps for the fixed-step "
+                f"method {self.method!r}"
+            )
+        if "num_steps" in self.options:
+            count = self.options["num_steps"]
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(
+                    f"options: got num_steps={count!r}, expected a whole number of at least 1"
+                )
+            return FixedControl(num_steps=count)
+        size = float(self.options["step_size"])
+        if not 0 < size < math.inf:
+            raise ValueError(f"options: got step_size={size}, expected a number above 0")
+        return FixedControl(step_size=size)
+
+    def _check_input(
+        self, x: Tensor, context: Tensor | None, name: str = "x"
+    ) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor [B, D]")
+        features = getattr(self.field, "features", None)
+        if x.dim() != 2 or x.shape[1] == 0 or (features is not None and x.shape[1] != features):
+            expected = f"[B, {features if isinstance(features, int) else 'D'}]"
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
+        like = _tensor_of(self.field)
+        expected_dtype = x.dtype if like is None else like.dtype
+        if not x.is_floating_point() or x.dtype != expected_dtype:
+            expected = "a floating dtype" if like is None else f"the field's {like.dtype}"
+            raise TypeError(f"{name}: got {x.dtype}, expected {expected}")
+        if context is not None:
+            if not isinstance(context, Tensor):
+                raise TypeError(f"context: got {type(context).__name__}, expected a tensor")
+            if context.dim() != 1 and (context.dim() == 0 or context.shape[0] != x.shape[0]):
+                raise ValueError(
+                    f"context: got shape {tuple(context.shape)}, expected [C] or [{x.shape[0]}, C]"
+                )
+        return x, context
+
+    # ---- solving ---------------------------------------------------------------------------------
+
+    def _flow(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        divergence: bool,
+        probe: Tensor | None,
+        seed: int | None,
+        keys: Tensor | None,
+        inverse: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Solves in one direction; the state at the end and its extras, and makes the stats."""
+        x, context = self._check_input(x, context, "z" if inverse else "x")
+        if divergence:
+            probe = self._probe(x, probe, seed, keys)
+        start, end = (self.t0, self.t1) if inverse else (self.t1, self.t0)
+        stats = SolveStats()
+        problem = self._problem(
+            float(start), float(end), probe, -1.0 if inverse else 1.0, stats, divergence
+        )
+        z, *extras = self._solve(problem, x, context, start, end)
+        stats.regularizers = dict(zip(problem.regularizers, extras[1:]))
+        self.stats = stats
+        return z, tuple(extras)
+
+    def _problem(
+        self,
+        start: float,
+        end: float,
+        probe: Tensor | None,
+        sign: float,
+        stats: SolveStats,
+        divergence: bool,
+    ) -> Problem:
+        self._check()
+        tableau: Tableau = TABLEAUX[self.method]
+        return Problem(
+            field=self.field,
+            tableau=tableau,
+            control=self._control(),
+            start=start,
+            end=end,
+            divergence=divergence,
+            probe=probe,
+            sign=sign,
+            regularizers=self.regularizers if divergence else {},
+            # Without an error estimate there is nothing to adapt to a sample.
+            per_sample=self.steps == "per-sample" and tableau.adaptive,
+            gradient=self.gradient,
+            stats=stats,
+        )
+
+    def _solve(
+        self,
+        problem: Problem,
+        x: Tensor,
+        context: Tensor | None,
+        start: float | Tensor | None,
+        end: float | Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        start, end = (
+            time if isinstance(time, Tensor) and time.requires_grad else None
+            for time in (start, end)
+        )
+        # f32 means f32: autocast would compute the field in half precision behind error control.
+        with torch.autocast(x.device.type, enabled=False):
+            if not torch.is_inference_mode_enabled():
+                return solve(problem, x, context, start, end)
+            # A divergence by vector-Jacobian products needs a graph, which inference mode refuses.
+            with torch.inference_mode(False), torch.no_grad():
+                if problem.probe is not None:
+                    problem.probe = problem.probe.clone()
+                context = None if context is None else context.clone()
+                return solve(problem, x.clone(), context)
+
+    def _probe(
+        self, x: Tensor, probe: Tensor | None, seed: int | None, keys: Tensor | None
+    ) -> Tensor | None:
+        """The probes of a solve: given, random, or None for the exact divergence."""
+        if probe is not None:
+            if keys is not None or seed is not None:
+                raise ValueError("probe: got seed or keys as well, expected one or the other")
+            if self.divergence == "exact":
+                raise ValueError("probe: got probes, expected None with divergence='exact'")
+            if probe.dim() != 3 or probe.shape[1:] != x.shape or probe.shape[0] == 0:
+                raise ValueError(
+                    f"probe: got shape {tuple(probe.shape)}, expected [K, {x.shape[0]}, "
+                    f"{x.shape[1]}] with K of at least 1"
+                )
+            if probe.dtype != x.dtype:
+                raise TypeError(f"probe: got {probe.dtype}, expected x's {x.dtype}")
+            if probe.requires_grad:
+                raise ValueError("probe: requires a gradient, which a solve does not compute")
+            return probe
+        if self.divergence == "exact":
+            return None
+        if keys is None:
+            keys = probe_keys(x.detach())
+        elif keys.shape != x.shape[:1] or keys.dtype != torch.int64:
+            raise ValueError(
+                f"keys: got {keys.dtype} of shape {tuple(keys.shape)}, expected int64 "
+                f"[{x.shape[0]}]"
+            )
+        if seed is None:
+            # From the CPU generator whatever the device: no synchronization.
+            seed = int(torch.empty((), dtype=torch.int64).random_())
+        return probe_sample(keys, seed, self.probes, x.shape[1], noise=self.noise, dtype=x.dtype)
+
+    # ---- base distribution -----------------------------------------------------------------------
+
+    def _base_log_prob(self, z: Tensor) -> Tensor:
+        log_prob = self.base.log_prob(z)
+        if log_prob.shape != z.shape[:1]:
+            raise ValueError(
+                f"base: log_prob returned shape {tuple(log_prob.shape)}, expected [{z.shape[0]}]; "
+                "torch.distributions.Independent(base, 1) sums over features"
+            )
+        return log_prob
+
+    def _base_sample(self, n: int) -> Tensor:
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise ValueError(f"n: got {n!r}, expected a number of samples")
+        differentiable = torch.is_grad_enabled() and getattr(self.base, "has_rsample", False)
+        try:
+            z = (self.base.rsample if differentiable else self.base.sample)((n,))
+        except ValueError as error:
+            raise ValueError(
+                f"base: cannot be sampled ({error}); the field does not say its number of "
+                "features, so give base=pycnf.flows.StandardNormal(D)"
+            ) from error
+        like = _tensor_of(self.field)
+        return z if like is None else z.to(like)
+
+    def _warn_of_estimate(self) -> None:
+        if self.training or self.divergence == "exact" or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            "log_prob in eval mode is a random estimate (divergence='hutchinson', "
+            f"{self.probes} probe{'s' if self.probes > 1 else ''}); set divergence='exact' for "
+            "likelihoods to report",
+            stacklevel=3,
+        )
+
+
+def _tensor_of(field: VectorField) -> Tensor | None:
+    """A tensor with the field's dtype and device; None for a callable that has no parameters."""
+    if isinstance(field, nn.Module):
+        for parameter in field.parameters():
+            if parameter.is_floating_point():
+                return parameter
+    return None
