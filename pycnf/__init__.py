@@ -1,7 +1,7 @@
 """Fast continuous normalizing flows: compiled solvers, exact gradients, a drop-in torchdiffeq."""
 
-from pycnf._build import build_info  # first: says what to do if the compiled part does not fit
 from pycnf import nn
+from pycnf._build import build_info
 from pycnf.flows import CNF
 from pycnf.odeint import odeint, odeint_adjoint
 

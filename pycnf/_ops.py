@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycnf import _C, reference
+from pycnf import reference
+from pycnf._build import _C
 
 OPS = (
     "rk_stage",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .data import BITS_PER_DIM, BITS_PER_DIM_WHERE, SOURCES, TOYS, InputError, nearest
+from .flows import SolveError
 
 PROGRAM = "python -m pycnf"
 
@@ -109,6 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SolveError as error:
+        print(f"error: The flow has no solution there: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

@@ -4,7 +4,9 @@ Rounding decides step counts, so "equal" between CPU and CUDA means the same bit
 arithmetic is +, -, *, / and sqrt.
 """
 
+import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,11 +14,11 @@ import torch
 import pycnf
 from pycnf import _C, _ops, reference
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not _C.with_cuda, reason="pycnf was built without CUDA"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
+pytestmark = pytest.mark.cuda
+if not _C.with_cuda:
+    pytest.skip("pycnf was built without CUDA", allow_module_level=True)
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
 
 DEVICE = "cuda"
 F32, F64 = torch.float32, torch.float64
@@ -40,7 +42,7 @@ def normal(*shape, dtype, seed=0):
 
 
 class Guarded:
-    """A copy on the device, `offset` elements into an allocation whose other elements must not change."""
+    """A copy on the device, `offset` elements into an allocation whose rest must not change."""
 
     GUARD = -77.0
 
@@ -83,7 +85,7 @@ def assert_norm(on_device, on_cpu, rtol=1e-14):
 
 
 def assert_bounded(result, eager, exact):
-    """f64: equal to rounding. f32: off by no more than a small multiple of what PyTorch's own f32 is off by."""
+    """f64: equal to rounding. f32: off by a small multiple of what PyTorch's own f32 is off by."""
     if exact.numel() == 0:
         return
     if eager.dtype == F64:
@@ -105,7 +107,7 @@ def tolerances(kind, size, dtype, seed=5):
     return (rtol, atol), on_device
 
 
-# ---- stage combination -------------------------------------------------------------------------------
+# ---- stage combination ---------------------------------------------------------------------------
 
 
 @DTYPES
@@ -135,7 +137,7 @@ def test_stage(ops, dtype, size, offset, flip):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("method", TABLEAUX)
 def test_stage_of_every_method(ops, method, flip, dtype):
-    """Every row of every tableau; rows of weight zero are not read, so what they hold does not matter."""
+    """Every row of every tableau. Rows of weight zero are not read: what they hold is no matter."""
     tableau = TABLEAUX[method]
     size, h = 520, 0.21
     for row in [*tableau["a"][1:], tableau["b"]]:
@@ -174,7 +176,7 @@ def test_stage_keeps_the_state_s_shape(ops, dtype):
     assert_same_bits(out, y0.cpu() * 1.5)
 
 
-# ---- end of step -------------------------------------------------------------------------------------
+# ---- end of step ---------------------------------------------------------------------------------
 
 
 def check_finish(ops, case, device, weights, flip, tol, segments, use_ratio=True, h=0.37):
@@ -187,8 +189,9 @@ def check_finish(ops, case, device, weights, flip, tol, segments, use_ratio=True
     ratio_ = Guarded(torch.full_like(y0, NAN), device[0].offset) if use_ratio else None
     exact_y1, exact_k = y1.double(), k.double()
     exact = reference.rk_finish(
-        y0.double(), exact_k, flip, [fresh.double()], exact_y1, solution, error, h, rtol, atol, segments
-    )
+        y0.double(), exact_k, flip, [fresh.double()], exact_y1, solution, error, h,
+        rtol, atol, segments,
+    )  # fmt: skip
     on_cpu = torch.ops.pycnf.rk_finish(
         y0, k, flip, [fresh], y1, solution, error, h, rtol, atol, segments, ratio
     )
@@ -257,7 +260,7 @@ def test_finish_tolerances(ops, kind, offset, dtype):
 
 
 def test_finish_reads_numbers_on_host_and_device_alike(ops):
-    """0-dim tolerances on the device are read there, and rounded to the state's dtype as on the host."""
+    """0-dim tolerances on the device are read there, rounded to the state's dtype as elsewhere."""
     results = []
     for kind in ("host", "device"):
         case, device = finish_case(999, F32)
@@ -270,7 +273,7 @@ def test_finish_reads_numbers_on_host_and_device_alike(ops):
 def cuts(size, parts):
     """Adjacent segments of many lengths, some shorter than a group of 4."""
     borders = sorted({0, size, *((i * i * 7 + 3 * i) % size for i in range(1, parts))})
-    return [at for pair in zip(borders, borders[1:]) for at in pair]
+    return [at for pair in itertools.pairwise(borders) for at in pair]
 
 
 SEGMENTS = {
@@ -357,7 +360,7 @@ def test_finish_wants_sums_of_equal_length(ops):
         ops.rk_finish(y0, k, False, [], y1, [1.0], [1.0, 2.0], 0.1, tol, tol, [0, 8])
 
 
-# ---- interpolation -----------------------------------------------------------------------------------
+# ---- interpolation -------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -396,7 +399,7 @@ def check_interpolate(ops, dtype, size, offset, times):
         assert_bounded(on_device.view, eager, exact)
 
 
-# ---- initial step ------------------------------------------------------------------------------------
+# ---- initial step --------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -423,7 +426,7 @@ def test_initial_norms(ops, dtype, offset, size, kind, second):
         )
 
 
-# ---- rk_combine --------------------------------------------------------------------------------------
+# ---- rk_combine ----------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -465,7 +468,7 @@ def test_combine_gradients(ops):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
-# ---- probes ------------------------------------------------------------------------------------------
+# ---- probes --------------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -503,7 +506,17 @@ def test_gaussian(ops, dtype, features, probes, batch):
         torch.testing.assert_close(result, expected, rtol=rtol, atol=atol)
 
 
-# ---- as a citizen of CUDA ----------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [F32, F64, torch.float16, torch.bfloat16], ids=str)
+def test_time_tensors(dtype):
+    values = [0.1, 1 / 3, -2.0, 1e-7]
+    times = torch.ops.pycnf.time_tensors(values, dtype, torch.device(DEVICE))
+    expected = torch.ops.pycnf.time_tensors(values, dtype, torch.device("cpu"))
+    assert [t.shape for t in times] == [torch.Size([])] * len(values)
+    assert all(t.device.type == DEVICE and t.dtype == dtype for t in times)
+    assert torch.equal(torch.stack(times).cpu(), torch.stack(expected))
+
+
+# ---- as a citizen of CUDA ------------------------------------------------------------------------
 
 
 def every_op(ops, case, tol, segments, x, out):
@@ -525,7 +538,7 @@ def every_op(ops, case, tol, segments, x, out):
 
 
 def every_op_case(size=6000):
-    case, device = finish_case(size, F32)
+    _, device = finish_case(size, F32)
     x = [i / 200 for i in range(200)]
     out = torch.full((len(x), size), NAN, device=DEVICE)
     return [part.view for part in device], x, out
@@ -636,7 +649,7 @@ def test_opcheck():
         torch.library.opcheck(op.default, arguments)
 
 
-# ---- whole solves ------------------------------------------------------------------------------------
+# ---- whole solves --------------------------------------------------------------------------------
 
 ADAPTIVE = [name for name, tableau in TABLEAUX.items() if tableau["adaptive"]]
 FIXED = [name for name, tableau in TABLEAUX.items() if not tableau["adaptive"]]
@@ -661,8 +674,9 @@ def solve(device, method, dtype, solver="odeint", reverse=False, **keywords):
     field = Predation(dtype).to(device)
     y0 = (1 + normal(37, 2, dtype=dtype).abs()).to(device).requires_grad_()
     t = torch.linspace(0, 2, 9 if method in ADAPTIVE else 33, dtype=dtype, device=device)
+    t = t.flip(0) if reverse else t
     tol = {"rtol": 1e-5, "atol": 1e-6} if method in ADAPTIVE else {}
-    ys = getattr(pycnf, solver)(field, y0, t.flip(0) if reverse else t, method=method, **tol, **keywords)
+    ys = getattr(pycnf, solver)(field, y0, t, method=method, **tol, **keywords)
     gradients = torch.autograd.grad(ys[-1].pow(2).sum(), [y0, field.rates])
     return ys.detach().cpu(), torch.stack(field.times), [g.cpu() for g in gradients]
 
@@ -681,12 +695,16 @@ def test_odeint_takes_the_steps_it_takes_on_the_cpu(method, dtype, reverse):
         torch.testing.assert_close(a, b, rtol=10 * rtol, atol=10 * atol * b.abs().max().item())
 
 
+def adjoint_solve(device, method, gradient):
+    return solve(device, method, F64, "odeint_adjoint", gradient=gradient)
+
+
 @pytest.mark.parametrize("gradient", ["continuous", "discrete"])
 @pytest.mark.parametrize("method", ["dopri5", "tsit5", "rk4"])
 def test_odeint_adjoint(method, gradient):
     """The adjoint's state has a segment for each parameter, and an odd size."""
-    ys, times, gradients = solve(DEVICE, method, F64, "odeint_adjoint", gradient=gradient)
-    ys_cpu, times_cpu, gradients_cpu = solve("cpu", method, F64, "odeint_adjoint", gradient=gradient)
+    ys, times, gradients = adjoint_solve(DEVICE, method, gradient)
+    ys_cpu, times_cpu, gradients_cpu = adjoint_solve("cpu", method, gradient)
     assert len(times) == len(times_cpu)
     torch.testing.assert_close(ys, ys_cpu, rtol=1e-10, atol=1e-12)
     for a, b in zip(gradients, gradients_cpu):
@@ -695,12 +713,13 @@ def test_odeint_adjoint(method, gradient):
 
 def test_odeint_of_a_tuple():
     def field(t, state):
-        y, total = state
+        y, _ = state
         return -y * y + t, y.sum(-1)
 
     results = []
     for device in (DEVICE, "cpu"):
-        state = (normal(11, 3, dtype=F64).abs().to(device), torch.zeros(11, dtype=F64, device=device))
+        y0 = normal(11, 3, dtype=F64).abs().to(device)
+        state = (y0, torch.zeros_like(y0[:, 0]))
         t = torch.tensor([0.0, 0.5, 1.7], dtype=F64, device=device)
         results.append([part.cpu() for part in pycnf.odeint(field, state, t, rtol=1e-6, atol=1e-8)])
     for a, b in zip(*results):
@@ -709,8 +728,6 @@ def test_odeint_of_a_tuple():
 
 def test_at_most_one_sync_an_attempt(monkeypatch):
     """Counted as warnings of PyTorch's own sync detector."""
-    import warnings
-
     size = []
 
     def field(t, y):

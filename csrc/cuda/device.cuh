@@ -1,5 +1,6 @@
-// The kernels' one door to CUDA's runtime and intrinsics: launch, barrier, warp exchange, shared memory, wide loads. Whoever
-// runs the kernels as plain C++ on a host replaces <cuda_runtime.h> and what stands here.
+// The kernels' one door to CUDA's runtime and intrinsics: launch, barrier, warp exchange, shared
+// memory, wide loads. Whoever runs the kernels as plain C++ on a host replaces <cuda_runtime.h> and
+// what stands here.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,8 +15,9 @@ namespace pycnf {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;  // of a block, unless a kernel says otherwise
 
-// Enough blocks to keep every multiprocessor busy to the end (a GPU holds a thousand of ours at a time); what is left over is
-// done by the same blocks in strides. A constant, so that no launch has to query the device.
+// Enough blocks to keep every multiprocessor busy to the end (a GPU holds a thousand of ours at a
+// time); what is left over is done by the same blocks in strides. A constant, so that no launch has
+// to query the device.
 constexpr int64_t kMaxBlocks = 16384;
 
 inline int64_t blocks_for(int64_t work, int64_t per_block) {
@@ -50,16 +52,15 @@ __device__ inline T shuffle_down(T value, int offset) {
   return __shfl_down_sync(0xffffffffu, value, offset);
 }
 
-__device__ inline int64_t global_thread() {
-  return int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-}
+__device__ inline int64_t global_thread() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 
 __device__ inline int64_t global_threads() { return int64_t(gridDim.x) * blockDim.x; }
 
-// ---- groups of elements ----------------------------------------------------------------------------------------------
+// ---- groups of elements -------------------------------------------------------------------------
 
-// Elements that a thread moves in one access: kFull of them (16 bytes) where every row is aligned, else one. Neighbouring
-// threads own neighbouring groups, so that either way a warp's accesses are one run of memory.
+// Elements that a thread moves in one access: kFull of them (16 bytes) where every row is aligned,
+// else one. Neighbouring threads own neighbouring groups, so that either way a warp's accesses are
+// one run of memory.
 template <typename T>
 constexpr int kFull = int(16 / sizeof(T));
 
@@ -96,9 +97,9 @@ inline bool aligned(std::initializer_list<const void*> rows) {
 template <int kWidth>
 using Width = std::integral_constant<int, kWidth>;
 
-// Calls body(Width<w>, i) for elements [i, i + w) until [begin, end) is covered, the work shared by `threads` threads (at
-// least 2 kWidth). Groups begin at multiples of their width, counted from the start of the row; what [begin, end) cuts off
-// at its edges is done one by one.
+// Calls body(Width<w>, i) for elements [i, i + w) until [begin, end) is covered, the work shared by
+// `threads` threads (at least 2 kWidth). Groups begin at multiples of their width, counted from the
+// start of the row; what [begin, end) cuts off at its edges is done one by one.
 template <int kWidth, typename Body>
 __device__ inline void for_each_group(int64_t begin, int64_t end, int64_t thread, int64_t threads,
                                       const Body& body) {

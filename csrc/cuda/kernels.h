@@ -8,7 +8,7 @@
 
 namespace pycnf {
 
-// ---- norms -----------------------------------------------------------------------------------------------------------
+// ---- norms --------------------------------------------------------------------------------------
 
 // A run of elements that belongs to one segment, or to none (-1), with the index of its first
 // range.
@@ -50,7 +50,7 @@ PYCNF_HD int64_t ranges_of_piece(int64_t begin, int64_t end, int64_t chunk) {
 cudaError_t launch_store_pieces(const NormPiece* pieces,  // [count], host memory
                                 int32_t count, NormPiece* table, cudaStream_t stream);
 
-// ---- steps -----------------------------------------------------------------------------------------------------------
+// ---- steps --------------------------------------------------------------------------------------
 
 template <typename T>
 cudaError_t launch_stage(const StageParams<T>& p, int64_t size, cudaStream_t stream);
@@ -74,7 +74,7 @@ cudaError_t launch_initial(const InitialParams<T>& p, const NormLayout& layout,
 template <typename T>
 cudaError_t launch_interpolate(const InterpolateParams<T>& p, cudaStream_t stream);
 
-// ---- probes ----------------------------------------------------------------------------------------------------------
+// ---- probes -------------------------------------------------------------------------------------
 
 template <typename T>
 cudaError_t launch_sample_probes(const ProbeParams<T>& p, cudaStream_t stream);

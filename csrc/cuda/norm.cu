@@ -1,7 +1,8 @@
 // The end of a norm: partial sums of ranges to the largest RMS of a segment.
 //
-// A launch of its own rather than the last block of the one before: that would need a counter in memory that is zero at the
-// start and belongs to one stream. A step controller on the device has its place at the end of this kernel.
+// A launch of its own rather than the last block of the one before: that would need a counter in
+// memory that is zero at the start and belongs to one stream. A step controller on the device has
+// its place at the end of this kernel.
 
 #include "cuda/norm.cuh"
 
@@ -9,7 +10,8 @@ namespace pycnf {
 namespace {
 
 constexpr int kReduceThreads = 512;
-// Up to here a piece's ranges are summed by one warp, all warps busy with pieces of their own; above, by the block.
+// Up to here a piece's ranges are summed by one warp, all warps busy with pieces of their own;
+// above, by the block.
 constexpr int kWarpRanges = 8 * kWarp;
 
 struct PieceBatch {
@@ -22,8 +24,8 @@ __global__ void __launch_bounds__(kFewPieces)
   if (piece < count) table[piece] = batch.piece[piece];
 }
 
-// The largest RMS so far. As with Python's max(), a NaN counts only if it comes first, whence the order of the pieces does
-// not matter but for the first segment's.
+// The largest RMS so far. As with Python's max(), a NaN counts only if it comes first, whence the
+// order of the pieces does not matter but for the first segment's.
 struct Largest {
   double rms[2];
   bool first_is_nan[2];
@@ -109,7 +111,8 @@ cudaError_t launch_store_pieces(const NormPiece* pieces, int32_t count, NormPiec
     PieceBatch batch;
     const int32_t length = count - at < kFewPieces ? count - at : kFewPieces;
     for (int32_t i = 0; i < length; ++i) batch.piece[i] = pieces[at + i];
-    const auto error = launch(store_pieces_kernel, 1, kFewPieces, 0, stream, batch, length, table + at);
+    const auto error =
+        launch(store_pieces_kernel, 1, kFewPieces, 0, stream, batch, length, table + at);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -63,8 +63,8 @@ __device__ inline NormPartial block_sum(NormPartial x) {
 
 constexpr size_t block_sum_bytes(int threads) { return threads / kWarp * sizeof(NormPartial); }
 
-// From the partial sums of all ranges to result[0] and result[1]: the norms of both sums, or, if `flag`, the norm of the
-// first and 1 if everything was finite, else 0.
+// From the partial sums of all ranges to result[0] and result[1]: the norms of both sums, or, if
+// `flag`, the norm of the first and 1 if everything was finite, else 0.
 cudaError_t launch_reduce_norm(const NormLayout& layout, const NormPartial* partials, bool flag,
                                double* result, cudaStream_t stream);
 

@@ -7,7 +7,8 @@
 namespace pycnf {
 namespace {
 
-// Features of one thread: a whole block of Philox for Gaussian probes, bits of one word for Rademacher.
+// Features of one thread: a whole block of Philox for Gaussian probes, bits of one word for
+// Rademacher.
 constexpr int kFeatures = 4;
 static_assert(kGaussianPerBlock == kFeatures && kRademacherPerBlock % kFeatures == 0);
 
@@ -34,7 +35,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Small blocks: a row is one thread's, and a batch of a few thousand rows should still reach every multiprocessor.
+// Small blocks: a row is one thread's, and a batch of a few thousand rows should still reach every
+// multiprocessor.
 constexpr int kKeyThreads = 64;
 
 template <typename T>

@@ -1,4 +1,5 @@
-// End of a step: the newest row stored, solution, error estimate, scaled error and its norm, every row read once.
+// End of a step: the newest row stored, solution, error estimate, scaled error and its norm, every
+// row read once.
 
 #include "cuda/kernels.h"
 #include "cuda/norm.cuh"
@@ -71,10 +72,13 @@ cudaError_t launch_finish(const FinishParams<T>& p, const NormLayout& layout, No
     solution.weights[j] = writes_solution ? p.solution.weights[j] : T(0);
   }
   const FinishArguments<T> arguments = {
-      p.y0,        pack_rows<T, 2>({&solution, &p.error}, p.fresh, p.fresh_row),
+      p.y0,
+      pack_rows<T, 2>({&solution, &p.error}, p.fresh, p.fresh_row),
       writes_solution,
-      p.fresh,     p.fresh_row,
-      p.y1,        p.ratio,
+      p.fresh,
+      p.fresh_row,
+      p.y1,
+      p.ratio,
       p.tolerance,
   };
   const bool wide = aligned({p.y0, p.fresh, p.fresh ? p.fresh_row : nullptr, p.y1, p.ratio}) &&

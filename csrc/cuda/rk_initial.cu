@@ -32,8 +32,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int which = 0; which < 2; ++which) {
 #pragma unroll
         for (int e = 0; e < w; ++e) {
-          const T ratio =
-              scaled(value[which].value[e], magnitude(y0.value[e]), tolerance, i + e);
+          const T ratio = scaled(value[which].value[e], magnitude(y0.value[e]), tolerance, i + e);
           partial.sum_squares[which] += double(ratio) * double(ratio);
         }
       }

@@ -7,7 +7,8 @@
 namespace pycnf {
 namespace {
 
-// Points of one launch. They travel as an argument: a copy from the host's memory would have to wait for it.
+// Points of one launch. They travel as an argument: a copy from the host's memory would have to
+// wait for it.
 constexpr int kTimesPerLaunch = 128;
 
 template <typename T>
@@ -37,8 +38,8 @@ __global__ void __launch_bounds__(kThreads)
     Quartic<T> quartic[w];
 #pragma unroll
     for (int e = 0; e < w; ++e) {
-      quartic[e] = fit_quartic(y0.value[e], y1.value[e], middle.value[e], f0.value[e],
-                               f1.value[e], p.h);
+      quartic[e] =
+          fit_quartic(y0.value[e], y1.value[e], middle.value[e], f0.value[e], f1.value[e], p.h);
     }
     for (int time = 0; time < p.times; ++time) {
       Group<T, w> out;
@@ -69,9 +70,8 @@ cudaError_t launch_interpolate(const InterpolateParams<T>& p, cudaStream_t strea
     arguments.times = int(p.times - at < kTimesPerLaunch ? p.times - at : kTimesPerLaunch);
     for (int i = 0; i < arguments.times; ++i) arguments.x[i] = p.x[at + i];
     arguments.out = p.out + at * p.size;
-    const auto error =
-        launch(wide ? interpolate_kernel<T, kFull<T>> : interpolate_kernel<T, 1>,
-               blocks_for(p.size, kThreads * width), kThreads, 0, stream, arguments);
+    const auto error = launch(wide ? interpolate_kernel<T, kFull<T>> : interpolate_kernel<T, 1>,
+                              blocks_for(p.size, kThreads * width), kThreads, 0, stream, arguments);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

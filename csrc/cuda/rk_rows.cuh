@@ -6,9 +6,10 @@
 
 namespace pycnf {
 
-// Rows of which at least one of kSums sums has a non-zero weight, sorted by the group of the sum (sum_group in core/rk.h)
-// and within a group by stage. A group's partial sum is then complete before the next begins, so one accumulator serves
-// where the order of summation asks for up to nine, and the kernel neither reads a row for nothing nor indexes registers.
+// Rows of which at least one of kSums sums has a non-zero weight, sorted by the group of the sum
+// (sum_group in core/rk.h) and within a group by stage. A group's partial sum is then complete
+// before the next begins, so one accumulator serves where the order of summation asks for up to
+// nine, and the kernel neither reads a row for nothing nor indexes registers.
 template <typename T, int kSums>
 struct PackedRows {
   const T* row[kMaxStages];
@@ -17,8 +18,8 @@ struct PackedRows {
   int count;
 };
 
-// Sums over the same rows with equally many terms. Where the newest row comes from `fresh`, it is read there: other threads
-// may not yet have stored it to `fresh_row`.
+// Sums over the same rows with equally many terms. Where the newest row comes from `fresh`, it is
+// read there: other threads may not yet have stored it to `fresh_row`.
 template <typename T, int kSums>
 PackedRows<T, kSums> pack_rows(const WeightedRows<T>* const (&sums)[kSums], const T* fresh,
                                const T* fresh_row) {
@@ -51,7 +52,8 @@ bool aligned(const PackedRows<T, kSums>& rows) {
 template <int kWidth, typename T, int kSums>
 __device__ inline void weighted_sums(const PackedRows<T, kSums>& rows, int64_t i,
                                      Group<T, kWidth> (&total)[kSums]) {
-  // -0 is what leaves every number unchanged when added, so a group without terms drops out, as in the CPU kernels.
+  // -0 is what leaves every number unchanged when added, so a group without terms drops out, as in
+  // the CPU kernels.
   constexpr T kNothing = T(-0.);
   // Loads of several rows are on their way before the first is used.
   constexpr int kInFlight = 4;
@@ -96,7 +98,8 @@ __device__ inline Group<T, kWidth> advance(const T* y0, const PackedRows<T, 1>& 
   return sum[0];
 }
 
-// Comes after the sums, which have brought the row into the cache: a store waits for its value, and the loads behind it too.
+// Comes after the sums: they have brought the row into the cache, while a store ahead of them would
+// keep their loads waiting for its value.
 template <int kWidth, typename T>
 __device__ inline void store_fresh(const T* fresh, T* fresh_row, int64_t i) {
   if (fresh != nullptr) store<kWidth>(fresh_row + i, load<kWidth>(fresh + i));

@@ -84,9 +84,13 @@ PYBIND11_MODULE(_C, m) {
   });
 
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  m.def("rk_stage", rk_stage, Unlocked());
-  m.def("rk_finish", rk_finish, Unlocked());
-  m.def("time_tensors", time_tensors, Unlocked());
+  using py::arg;
+  m.def("rk_stage", rk_stage, arg("y0"), arg("k"), arg("flip"), arg("fresh"), arg("weights"),
+        arg("h"), Unlocked());
+  m.def("rk_finish", rk_finish, arg("y0"), arg("k"), arg("flip"), arg("fresh"), arg("y1"),
+        arg("solution"), arg("error"), arg("h"), arg("rtol"), arg("atol"), arg("segments"),
+        arg("ratio") = py::none(), Unlocked());
+  m.def("time_tensors", time_tensors, arg("values"), arg("dtype"), arg("device"), Unlocked());
 
   m.def("instruction_set", [] { return pycnf::cpu_kernels_of_this_machine().instruction_set; });
 

@@ -60,8 +60,7 @@ Norm prepare_norm(at::IntArrayRef segments, const at::Tensor& y0) {
     std::copy(pieces.begin(), pieces.end(), norm.layout.few);
   } else {
     auto* table = reinterpret_cast<NormPiece*>(norm.partials() + ranges);
-    C10_CUDA_CHECK(
-        launch_store_pieces(pieces.data(), norm.layout.pieces, table, current_stream()));
+    C10_CUDA_CHECK(launch_store_pieces(pieces.data(), norm.layout.pieces, table, current_stream()));
     norm.layout.table = table;
   }
   return norm;
@@ -83,9 +82,9 @@ at::Tensor rk_stage_cuda(const at::Tensor& y0, const at::Tensor& k, bool flip, a
 }
 
 at::Tensor rk_finish_cuda(const at::Tensor& y0, const at::Tensor& k, bool flip,
-                          at::TensorList fresh, const at::Tensor& y1,
-                          at::ArrayRef<double> solution, at::ArrayRef<double> error, double h,
-                          const at::Tensor& rtol, const at::Tensor& atol, at::IntArrayRef segments,
+                          at::TensorList fresh, const at::Tensor& y1, at::ArrayRef<double> solution,
+                          at::ArrayRef<double> error, double h, const at::Tensor& rtol,
+                          const at::Tensor& atol, at::IntArrayRef segments,
                           const std::optional<at::Tensor>& ratio) {
   check_cuda(y0, "y0");
   check_state(y0, "y0");
@@ -95,7 +94,8 @@ at::Tensor rk_finish_cuda(const at::Tensor& y0, const at::Tensor& k, bool flip,
   const CUDAGuard guard(y0.device());
   auto norm = prepare_norm(segments, y0);
   AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_finish", [&] {
-    const auto p = finish_params<scalar_t>(y0, rows, fresh, y1, solution, error, h, rtol, atol, ratio);
+    const auto p =
+        finish_params<scalar_t>(y0, rows, fresh, y1, solution, error, h, rtol, atol, ratio);
     C10_CUDA_CHECK(launch_finish(p, norm.layout, norm.partials(), norm.result.data_ptr<double>(),
                                  current_stream()));
   });
@@ -170,8 +170,13 @@ at::Tensor probe_sample_cuda(const at::Tensor& keys, int64_t seed, int64_t probe
   const int64_t batch = keys.numel();
   auto out = at::empty({probes, batch, features}, keys.options().dtype(dtype));
   AT_DISPATCH_FLOATING_TYPES(dtype, "probe_sample", [&] {
-    const ProbeParams<scalar_t> p = {contiguous.const_data_ptr<int64_t>(), uint64_t(seed), probes,
-                                     batch, features, gaussian, out.data_ptr<scalar_t>()};
+    const ProbeParams<scalar_t> p = {contiguous.const_data_ptr<int64_t>(),
+                                     uint64_t(seed),
+                                     probes,
+                                     batch,
+                                     features,
+                                     gaussian,
+                                     out.data_ptr<scalar_t>()};
     C10_CUDA_CHECK(launch_sample_probes(p, current_stream()));
   });
   return out;

@@ -68,7 +68,7 @@ class AdjointSystem:
         return xbar.view(self.z.shape), totals
 
     def at(
-        self, times: Sequence[float], stages: Sequence[int]
+        self, times: Sequence[float], stages: Sequence[int], h: float
     ) -> list[Callable[[Tensor], list[Tensor]]]:
         return [lambda y, t=t, i=i: self._evaluate(t, y, i) for t, i in zip(times, stages)]
 

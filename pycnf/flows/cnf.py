@@ -70,6 +70,8 @@ class CNF(nn.Module):
 
     Attributes:
         stats: `SolveStats` of the newest forward; None before.
+        keep_bytes: Memory that a discrete gradient may take to keep the stages of a solve (256 MiB);
+            steps beyond are computed again, and with 0 all are: B·D numbers per accepted step.
 
     Raises:
         TypeError, ValueError: An argument is not as described; the message names it.
@@ -126,6 +128,7 @@ class CNF(nn.Module):
                 base = base.to(like)
         self.base = base
         self.stats: SolveStats | None = None
+        self.keep_bytes = 1 << 28
         self._warned = False
 
     def forward(
@@ -434,6 +437,7 @@ class CNF(nn.Module):
             # Without an error estimate there is nothing to adapt to a sample.
             per_sample=self.steps == "per-sample" and tableau.adaptive,
             gradient=self.gradient,
+            keep_bytes=self.keep_bytes,
             stats=stats,
         )
 

@@ -17,6 +17,7 @@ from pycnf.nn.layers import Affine
 from .problem import Problem
 
 Parts = tuple[Tensor, ...]
+Field = Callable[[Tensor], Parts]
 REGULARIZERS = ("kinetic", "jacobian")
 
 # Layers of all stages of a step are made together unless their weights exceed this many numbers.
@@ -42,13 +43,15 @@ class Dynamics:
         tableau = problem.tableau
         self.full = [weight != 0 for weight in tableau.b]
         if tableau.adaptive:
-            # The first stage also starts the solve and may be the last of the step before.
-            self.full = [i == 0 or full or tableau.e[i] != 0 for i, full in enumerate(self.full)]
+            self.full = [full or e != 0 for full, e in zip(self.full, tableau.e)]
+            # The first stage also starts the solve; the last may be the first of the next step.
+            self.full[0] = True
+            self.full[-1] = self.full[-1] or tableau.solution_is_last_stage
         self._jacobian = "jacobian" in problem.regularizers
 
     def at(
         self, times: Tensor, z: Tensor, context: Tensor | None, full: Sequence[bool]
-    ) -> list[Callable[[Tensor], Parts]]:
+    ) -> list[Field]:
         """The right-hand side at S times shared by the batch, as functions of the state.
 
         Args:

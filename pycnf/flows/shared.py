@@ -57,9 +57,13 @@ class System(Protocol):
     segments: list[int]
 
     def at(
-        self, times: Sequence[float], stages: Sequence[int]
+        self, times: Sequence[float], stages: Sequence[int], h: float
     ) -> list[Callable[[Tensor], list[Tensor]]]:
-        """The right-hand side at the times of some stages: functions of the flat state."""
+        """The right-hand side at the times of some stages: functions of the flat state.
+
+        They are called in the order of the stages, the first stage once for all attempts of a
+        step; h is the size of the step, 0 for an evaluation that belongs to none.
+        """
 
     def accept(self, step: Step, y: Tensor, tableau: Tableau) -> None:
         """Hears of an accepted step and the state it began with."""
@@ -150,7 +154,7 @@ class _Fixed:
     def _step(self, y: Tensor, step: Step, first: Sequence[Tensor] | None) -> Tensor:
         stages = range(self.tableau.stages)
         times = stage_times(self.tableau, step.t, step.h, step.t_next)
-        field = self.system.at(times, stages)
+        field = self.system.at(times, stages, step.h)
         fresh = field[0](y) if first is None else first
         for i in stages[1:]:
             fresh = field[i](self.rows.stage(y, i, fresh, step.h))
@@ -236,7 +240,7 @@ class _Adaptive:
 
     def _evaluate_first(self, first: Sequence[Tensor] | None) -> None:
         if first is None:
-            first = self.system.at([self.t], [0])[0](self.y)
+            first = self.system.at([self.t], [0], 0.0)[0](self.y)
         self.rows.store(0, first)
 
     def _check_start(self) -> None:
@@ -256,7 +260,7 @@ class _Adaptive:
         d0, d1 = self.rows.initial_norms(self.y, f0)
         h0 = trial_step(d0, d1, self.length)
         trial = torch.add(self.y, f0, alpha=self.direction * h0)
-        self.rows.store(1, self.system.at([self.t + self.direction * h0], [1])[0](trial))
+        self.rows.store(1, self.system.at([self.t + self.direction * h0], [1], 0.0)[0](trial))
         d2 = self.rows.initial_norms(self.y, f0, self.rows.row(1))[0] / h0
         if not math.isfinite(d2):
             return h0 * self.control.dfactor
@@ -268,7 +272,7 @@ class _Adaptive:
         times = stage_times(self.tableau, step.t, step.h, step.t_next)[1:]
         fresh: Sequence[Tensor] = []
         y = self.y
-        for i, field in zip(stages, self.system.at(times, stages)):
+        for i, field in zip(stages, self.system.at(times, stages, step.h)):
             y = self.rows.stage(self.y, i, fresh, step.h)
             fresh = field(y)
         y1, norm = self.rows.finish(self.y, y, fresh, step.h, ratio)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .adjoint import AdjointRows, AdjointSystem
-from .dynamics import Dynamics, Parts
-from .forward import ForwardSystem, Taped, step_with_graph
-from .parameters import first_evaluation
+from .dynamics import Dynamics
+from .forward import ForwardSystem, KeepingSystem, Taped, step_with_graph
+from .parameters import Start, begin
 from .per_sample import ForwardRows, TapedRows, integrate_per_sample, steps_with_graph
 from .problem import Problem
 from .shared import integrate
@@ -44,24 +44,31 @@ def solve(
     if not torch.is_grad_enabled():
         return run(Dynamics(problem), x, context, None, None)
     dynamics = Dynamics(problem)
-    first, parameters = first_evaluation(dynamics, x, context)
-    inputs = (x, context, start, end, *parameters)
-    if not any(v is not None and v.requires_grad for v in inputs):
-        return run(dynamics, x, context, None, first)
+    keep = problem.gradient == "discrete" and problem.keep_bytes > 0 and not problem.per_sample
+    # Kept graphs know nothing of the interval's ends.
+    keep = keep and start is None and end is None
+    beginning = begin(dynamics, x, context, keep)
+    inputs = (x, context, start, end, *beginning.parameters)
+    if not any(value is not None and value.requires_grad for value in inputs):
+        return run(dynamics, x, context, None, beginning)
     if problem.gradient == "autograd":
         tape: Tape = []
-        with torch.no_grad():
-            run(dynamics, x, context, tape, first)
+        run(dynamics, x, context, tape, beginning)
         before = dynamics.evaluations
         outputs = replay(dynamics, tape, x, context, _shifts(start, end))
         problem.stats.nfe_forward += dynamics.evaluations - before
         return outputs
     function = _Discrete if problem.gradient == "discrete" else _Adjoint
-    return function.apply(dynamics, first, parameters, x, context, start, end, *parameters)
+    return function.apply(dynamics, beginning, keep, x, context, start, end, *beginning.parameters)
 
 
 def run(
-    dynamics: Dynamics, x: Tensor, context: Tensor | None, tape: Tape | None, first: Parts | None
+    dynamics: Dynamics,
+    x: Tensor,
+    context: Tensor | None,
+    tape: Tape | None,
+    beginning: Start | None,
+    keep: bool = False,
 ) -> tuple[Tensor, ...]:
     """Solves forward without a graph, and writes the stats.
 
@@ -69,10 +76,14 @@ def run(
         dynamics: Right-hand side.
         x, context: As for `solve`.
         tape: Receives the accepted steps, or None.
-        first: The right-hand side at the start, if it is known.
+        beginning: What is known of the start.
+        keep: Whether the tape may keep the steps' graphs.
     """
     problem = dynamics.problem
     stats = problem.stats
+    first = None
+    if beginning is not None and beginning.parts is not None:
+        first = tuple(part.detach() for part in beginning.parts)
     with torch.no_grad():
         if problem.per_sample:
             rows = ForwardRows(dynamics, x, context, tape)
@@ -85,7 +96,10 @@ def run(
             stats.accepted += int(outcome.accepted.max())
             stats.rejected += int(outcome.rejected.max())
         else:
-            system = ForwardSystem(dynamics, x, context, tape)
+            if keep:
+                system = KeepingSystem(dynamics, beginning, tape, problem.keep_bytes)
+            else:
+                system = ForwardSystem(dynamics, x, context, tape)
             start = None if first is None else system.parts(first)
             outcome = integrate(
                 system, system.initial(), problem.start, problem.end, problem.tableau,
@@ -135,19 +149,21 @@ def _shifts(start: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor] |
 class _Discrete(torch.autograd.Function):
     """Exact gradient of the numbers that were computed, from a tape of accepted steps.
 
-    The tape holds z at the start of every accepted step; backwards, each step is computed again
-    with a graph, differentiated and forgotten. A gradient that is to be differentiated again
-    goes through all the steps with one graph instead.
+    The tape holds z at the start of every accepted step, and the step's graph while that fits in
+    memory; backwards, each step without one is computed again with a graph, differentiated and
+    forgotten. A gradient that is to be differentiated again goes through all the steps with one
+    graph instead.
     """
 
     @staticmethod
-    def forward(ctx: Any, dynamics, first, parameters, x, context, start, end, *tensors):
+    def forward(ctx: Any, dynamics, beginning, keep, x, context, start, end, *tensors):
         ctx.tape = []
-        outputs = run(dynamics, x, context, ctx.tape, first)
+        outputs = run(dynamics, x, context, ctx.tape, beginning, keep)
         ctx.dynamics = dynamics
         # The field computes with its own tensors. Saved as well, so that a change in place between
         # forward and backward (an optimizer's step) is an error and no wrong gradient.
-        ctx.parameters = parameters
+        ctx.beginning = beginning
+        ctx.parameters = beginning.parameters
         ctx.save_for_backward(x, context, start, end, *tensors)
         ctx.set_materialize_grads(False)
         return outputs
@@ -210,27 +226,34 @@ def _taped_gradient(
             torch.zeros((), dtype=torch.float64, device=x.device, requires_grad=True) for _ in "01"
         )
         others += shifts
+    if context is not None:
+        context = ctx.beginning.context  # a leaf, also of kept graphs
     if need_context:
-        context = context.detach().requires_grad_()
         others.append(context)
     others += parameters
     totals: list[Tensor | None] = [None] * len(others)
     redo = steps_with_graph if problem.per_sample else step_with_graph
     for taped in reversed(ctx.tape):
         rows = taped.step.rows if problem.per_sample else slice(None)
-        with torch.enable_grad():
-            z = taped.z.detach().requires_grad_()
-            extras = [torch.zeros_like(bar[rows]) for bar in extrabars]
-            outputs = redo(dynamics, taped.step, z, extras, context, shifts)
+        kept = None if problem.per_sample else taped.kept
+        if kept is not None:
+            z, outputs = taped.z, kept
+            taped.kept = None  # the memory goes; another backward computes the step again
+        else:
+            with torch.enable_grad():
+                z = taped.z.detach().requires_grad_()
+                extras = [torch.zeros_like(bar[rows]) for bar in extrabars]
+                outputs = redo(dynamics, taped.step, z, extras, context, shifts)
         bars = [zbar[rows], *(bar[rows] for bar in extrabars)]
         pairs = [(o, bar) for o, bar in zip(outputs, bars) if o.requires_grad]
-        # A plain field may close over tensors with a history, which every step runs through.
+        # A plain field may close over tensors with a history, which every step runs through; kept
+        # steps share the gates of the stage that ends one and begins the next.
         zstep, *gradients = torch.autograd.grad(
             [output for output, _ in pairs],
             [z, *others],
             [bar for _, bar in pairs],
             allow_unused=True,
-            retain_graph=not dynamics.forward_mode,
+            retain_graph=kept is not None or not dynamics.forward_mode,
         )
         zbar[rows] = zstep
         for i, gradient in enumerate(gradients):
@@ -269,10 +292,10 @@ class _Adjoint(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, dynamics, first, parameters, x, context, start, end, *tensors):
-        z, *extras = run(dynamics, x, context, None, first)
+    def forward(ctx: Any, dynamics, beginning, keep, x, context, start, end, *tensors):
+        z, *extras = run(dynamics, x, context, None, beginning)
         ctx.dynamics = dynamics
-        ctx.parameters = parameters
+        ctx.parameters = beginning.parameters
         ctx.save_for_backward(x, z, context, start, end, *tensors)
         ctx.set_materialize_grads(False)
         return z, *extras

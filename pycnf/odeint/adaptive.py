@@ -63,11 +63,16 @@ class Accepted:
 
 
 def _tolerance(value: Any, dtype: torch.dtype, y0: Tensor) -> Tensor:
-    """float64: 0-dim for one number, else one value per value of the state."""
+    """float64: 0-dim for one number, else one value per value of the state.
+
+    By torch's promotion, tolerances that are no plain numbers, and 0-dim states, are scaled in the
+    dtype of time; one value per value makes the kernels do so.
+    """
     tolerance = torch.as_tensor(value, dtype=dtype).double()
-    if tolerance.dim() == 0:
+    if tolerance.dim() == 0 and y0.dim() > 0:
         return tolerance.cpu()
-    return tolerance.to(y0.device).expand(y0.shape).contiguous()
+    shape = y0.shape if y0.dim() > 0 else (1,)
+    return tolerance.to(y0.device).expand(shape).contiguous()
 
 
 class AdaptiveSolver:
@@ -116,6 +121,9 @@ class AdaptiveSolver:
             _tolerance(problem.rtol, self.dtype, y0),
             _tolerance(problem.atol, self.dtype, y0),
         )
+        # The dtype in which torch would have the scaled error.
+        plain = self.rows.rtol.dim() == 0 and self.rows.atol.dim() == 0
+        self.round_error = self.round_state if plain else float
         self.y, self.f_graph = y0, None
         self.s, self.s_graph = 0.0, None
         self.ds, self.ds_graph = 0.0, None
@@ -127,13 +135,14 @@ class AdaptiveSolver:
     def integrate(self) -> Tensor:
         """States at the output times, [T, *y0.shape]."""
         times = self.problem.s.to(self.dtype)
-        self._start(times)
         values = times.tolist()
         y0 = self.problem.y0
         solution = torch.empty((len(values), *y0.shape), dtype=y0.dtype, device=y0.device)
-        solution[0] = y0
         graph = y0.requires_grad and torch.is_grad_enabled()
-        pieces = [y0[None] if graph else solution[:1]]
+        # A copy, and now: the field may edit its input.
+        solution[0] = y0.detach()
+        pieces = [y0.clone()[None] if graph else solution[:1]]
+        self._start(times)
         done = 1
         taken = 0
         while done < len(values):
@@ -179,11 +188,11 @@ class AdaptiveSolver:
         grad = torch.is_grad_enabled()
         if grad and any(part.requires_grad for part in fresh):
             self.f_graph = problem.as_state(fresh, y0)
+        plain = y0.dim() > 0 and all(part.dtype == y0.dtype for part in fresh)
         if self.first_step is not None:
             first = torch.as_tensor(self.first_step, dtype=self.dtype)
-        elif grad or not self.own_norm:
-            f0 = self.rows.row(0).view_as(y0) if self.f_graph is None else self.f_graph
-            first = self._initial_step_by_tensors(f0)
+        elif grad or not plain or not self.own_norm:
+            first = self._initial_step_by_tensors(problem.joined(fresh))
         else:
             first = torch.tensor(self._initial_step(), dtype=self.dtype)
         self.ds = first.item()
@@ -213,8 +222,7 @@ class AdaptiveSolver:
         """
         problem, rows = self.problem, self.rows
         y0, f0 = problem.y0, rows.row(0)
-        plain = rows.rtol.dim() == 0 and rows.atol.dim() == 0
-        r = self.round_state if plain else float
+        r = self.round_error
         d0, d1 = (r(norm) for norm in rows.initial_norms(y0, f0))
         h0 = r(1e-6) if d0 < 1e-5 or d1 < 1e-5 else r(r(r(0.01) * d0) / d1)
         y1 = rows.ops.rk_combine(y0, [f0], [1.0], problem.sign * h0)
@@ -240,7 +248,7 @@ class AdaptiveSolver:
         y1 = y0 + problem.sign * h0 * f0
         s = self.s if self.s_graph is None else self.s_graph
         t1 = problem.sign * (torch.as_tensor(s, dtype=self.dtype, device=y0.device) + h0)
-        f1 = problem.as_state(problem.call(t1.to(rounding.real_dtype(y0.dtype)), y1), y0)
+        f1 = problem.joined(problem.call(t1.to(rounding.real_dtype(y1.dtype)), y1))
         d2 = abs(norm((f1 - f0) / scale) / h0)
         if d1 <= 1e-15 and d2 <= 1e-15:
             h1 = torch.max(tiny, h0 * 1e-3)
@@ -264,7 +272,9 @@ class AdaptiveSolver:
         problem = self.problem
         s0, y0 = self.s, self.y
         if problem.callbacks:
-            problem.notify("callback_step", s0, y0, ds, self.dtype)
+            s0, edited = problem.notify("callback_step", s0, y0, ds, self.dtype)
+            if edited != ds:
+                ds, ds_graph = edited, None
             self.finite = bool(torch.isfinite(y0).all())
         s1 = round_(s0 + ds)
         assert s1 > s0, f"underflow in dt {ds}"
@@ -281,13 +291,15 @@ class AdaptiveSolver:
         error = self._error(step)
         accepted = (error <= 1 and ds <= limits.max_step) or ds <= limits.min_step
         if accepted:
-            problem.notify("callback_accept_step", s0, y0, ds, self.dtype)
+            _, edited = problem.notify("callback_accept_step", s0, y0, ds, self.dtype)
+            if edited != ds:
+                ds = step.times.resize(edited)
             if self.tape is not None:
                 reusable = self.f_time is not None
                 f0 = None if reusable else self.rows.row(0).clone()
                 self.tape.append(Accepted(s0, s1, ds, y0, f0, self.f_time, stop is not None))
         else:
-            problem.notify("callback_reject_step", s0, y0, ds, self.dtype)
+            _, ds = problem.notify("callback_reject_step", s0, y0, ds, self.dtype)
         self.ds, self.ds_graph = self._next_size(ds, error), None
         return step if accepted else None
 
@@ -353,7 +365,7 @@ class AdaptiveSolver:
         norm, finite = step.stats.tolist()
         step.finite = finite != 0
         if step.ratio is None:
-            return self.round_state(norm)
+            return self.round_error(norm)
         return float(abs(self.problem.norm_of(step.ratio)))
 
     def _next_size(self, ds: float, error: float) -> float:

@@ -8,7 +8,7 @@ slopes in another dtype, slopes that broadcast) is left to it here too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,26 @@ from pycnf.odeint.tableau import Tableau
 _STEPS_AT_ONCE = 64
 
 
+class Ends(NamedTuple):
+    """Start, end and size of a step in ascending time; `graph`: both ends as 0-dim tensors if they
+    carry a graph.
+    """
+
+    start: float
+    end: float
+    size: float
+    graph: tuple[Tensor, Tensor] | None
+
+    @property
+    def size_graph(self) -> Tensor | None:
+        return None if self.graph is None else self.graph[1] - self.graph[0]
+
+
 class FixedGridSolver:
     """One solve; see the module.
 
     Args:
-        tape: receives the state at the start of every step.
+        tape: receives the state at the start of every step, with the step.
         unused: options that the method does not have.
     """
 
@@ -37,7 +52,7 @@ class FixedGridSolver:
         problem: Problem,
         tableau: Tableau,
         name: str,
-        tape: list[Tensor] | None = None,
+        tape: list[tuple[Tensor, Ends]] | None = None,
         *,
         step_size: Any = None,
         grid_constructor: Callable | None = None,
@@ -51,6 +66,7 @@ class FixedGridSolver:
         self.problem, self.tableau, self.tape = problem, tableau, tape
         self.step_size, self.grid_constructor = step_size, grid_constructor
         self.interp, self.perturb = interp, perturb
+        self.round = rounding.rounding(problem.s.dtype)
         self.rows: Rows | None = None
 
     def grid(self, s: Tensor) -> Tensor:
@@ -81,37 +97,55 @@ class FixedGridSolver:
         grid = self.grid(s) if grid is None else grid
         assert grid[0] == s[0] and grid[-1] == s[-1]
         values, outputs = grid.tolist(), s.tolist()
-        graph = torch.is_grad_enabled() and (grid.requires_grad or s.requires_grad)
-        pieces: list[Tensor] = [y0]
+        times_graph = graph = torch.is_grad_enabled() and (grid.requires_grad or s.requires_grad)
+        graph = graph or (y0.requires_grad and torch.is_grad_enabled())
+        solution = torch.empty((len(outputs), *y0.shape), dtype=y0.dtype, device=y0.device)
+        solution[0] = y0.detach()
+        # What was given out is copied at once: callbacks and the field may edit a state later.
+        pieces: list[Tensor] = [y0.clone() if graph else solution[0]]
         y = y0
-        round_ = rounding.rounding(s.dtype)
         for i, times in enumerate(self._all_times(grid.detach())):
-            ends = (values[i], values[i + 1])
-            ends_graph = (grid[i], grid[i + 1]) if graph else None
+            ends = Ends(
+                values[i],
+                values[i + 1],
+                self.round(values[i + 1] - values[i]),
+                (grid[i], grid[i + 1]) if times_graph else None,
+            )
             if problem.callbacks:
-                problem.notify("callback_step", ends[0], y, round_(ends[1] - ends[0]), s.dtype)
+                wished = ends.size
+                start, size = problem.notify("callback_step", ends.start, y, wished, s.dtype)
+                if (start, size) != (ends.start, wished):
+                    ends, times = Ends(start, ends.end, size, None), None
             if self.tape is not None:
-                self.tape.append(y)
-            y1, f0 = self._step(y, ends, ends_graph, times)
-            while len(pieces) < len(outputs) and ends[1] >= outputs[len(pieces)]:
-                at = s[len(pieces)]
-                pieces.append(self._interpolate(y, y1, f0, ends, ends_graph, at))
+                self.tape.append((y, ends))
+            y1, f0 = self._step(y, ends, times)
+            while len(pieces) < len(outputs) and ends.end >= outputs[len(pieces)]:
+                at = len(pieces)
+                piece = self._interpolate(y, y1, f0, ends, s[at])
+                if piece.requires_grad and torch.is_grad_enabled():
+                    graph = True
+                    pieces.append(piece.to(y0.dtype).clone())
+                else:
+                    solution[at] = piece
+                    pieces.append(solution[at])
             y = y1
-        return torch.stack([piece.to(y0.dtype) for piece in pieces])
+        return torch.stack(pieces) if graph else solution
 
     def _all_times(self, grid: Tensor) -> Iterator[list[Tensor]]:
         """What `_stage_time` gives, for every stage of one step after the other, made for many
         steps at once.
         """
         dtype = rounding.real_dtype(self.problem.y0.dtype)
-        start, end = grid[:-1, None], grid[1:, None]
-        nodes = torch.tensor(self.tableau.c, dtype=grid.dtype, device=grid.device)
-        at_end = nodes == 1.0
-        s = torch.where(at_end, end, start + nodes * (end - start)).to(dtype)
-        if self.perturb:
-            s[:, 0] = torch.nextafter(s[:, 0], s[:, 0] + 1)
-            s = torch.where(at_end, torch.nextafter(s, s - 1), s)
-        rows = (self.problem.sign * s).tolist()
+        start, end = grid[:-1], grid[1:]
+        columns = []
+        for stage, c in enumerate(self.tableau.c):
+            s = (end if c == 1.0 else start + c * (end - start)).to(dtype)
+            if self.perturb and stage == 0:
+                s = torch.nextafter(s, s + 1)
+            elif self.perturb and c == 1.0:
+                s = torch.nextafter(s, s - 1)
+            columns.append(s)
+        rows = (self.problem.sign * torch.stack(columns, 1)).tolist()
         stages = self.tableau.stages
         for begin in range(0, len(rows), _STEPS_AT_ONCE):
             some = rows[begin : begin + _STEPS_AT_ONCE]
@@ -122,18 +156,18 @@ class FixedGridSolver:
     def keep_start(self) -> None:
         """Makes the tape independent of the caller's y0."""
         if self.tape:
-            self.tape[0] = self.tape[0].clone()
+            y0, ends = self.tape[0]
+            self.tape[0] = (y0.clone(), ends)
 
     def replay(
         self,
         y0: Tensor,
-        ends: tuple[float, float],
-        ends_graph: tuple[Tensor, Tensor] | None,
+        ends: Ends,
         outputs: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
         """A step again with its graph: its end, and the states at output times [n] within it."""
-        y1, f0 = self._step(y0, ends, ends_graph, None)
-        shown = [self._interpolate(y0, y1, f0, ends, ends_graph, at) for at in outputs.unbind()]
+        y1, f0 = self._step(y0, ends, None)
+        shown = [self._interpolate(y0, y1, f0, ends, at) for at in outputs.unbind()]
         return y1, [state.to(self.problem.y0.dtype) for state in shown]
 
     # ---- one step --------------------------------------------------------------------------------
@@ -141,35 +175,32 @@ class FixedGridSolver:
     def _step(
         self,
         y0: Tensor,
-        ends: tuple[float, float],
-        ends_graph: tuple[Tensor, Tensor] | None,
+        ends: Ends,
         times: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The state after a step, and the slope at its start if it is needed for interpolation.
 
         Args:
-            ends: start and end in ascending time; ends_graph: the same as 0-dim tensors if they
-                carry a graph.
-            times: of the stages, as `_stage_time` gives them; None for a step that certainly has a
-                graph.
+            times: of the stages, as `_stage_time` gives them; None for a step that has a graph or
+                a size of its own.
         """
         problem, tableau = self.problem, self.tableau
-        compiled = times is not None and ends_graph is None and self._suits_kernels(y0)
-        first = times[0] if compiled else self._stage_time(y0, 0, ends, ends_graph)
+        compiled = times is not None and ends.graph is None and self._suits_kernels(y0)
+        first = times[0] if compiled else self._stage_time(y0, 0, ends)
         fresh = problem_call(problem, first, y0)
         if not (compiled and self._agrees(fresh, y0)):
-            return self._differentiable_step(y0, fresh, ends, ends_graph)
+            return self._differentiable_step(y0, fresh, ends)
         if self.rows is None:
             self.rows = Rows(tableau, y0)
         rows = self.rows
-        h = problem.sign * (ends[1] - ends[0])
+        h = problem.sign * ends.size
         f0 = problem.as_state(fresh, y0).clone() if self.interp == "cubic" else None
         for stage in range(1, tableau.stages):
             y = rows.stage(y0, stage, fresh, h)
             fresh = problem_call(problem, times[stage], y)
             if not self._agrees(fresh, y0):
                 done = [[rows.row(j).clone().view_as(y0)] for j in range(stage)]
-                return self._differentiable_step(y0, fresh, ends, None, done)
+                return self._differentiable_step(y0, fresh, ends, done)
         return rows.solve(y0, fresh, h), f0
 
     def _suits_kernels(self, y0: Tensor) -> bool:
@@ -193,32 +224,30 @@ class FixedGridSolver:
         self,
         y0: Tensor,
         fresh: list[Tensor],
-        ends: tuple[float, float],
-        ends_graph: tuple[Tensor, Tensor] | None,
+        ends: Ends,
         done: list[list[Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The rest of a step from its newest slope on, with whatever graph and dtypes come up."""
         problem, tableau = self.problem, self.tableau
         slopes = [*(done or []), fresh]
-        k = [join(problem, slope) for slope in slopes]
+        k = [problem.joined(slope) for slope in slopes]
         for stage in range(len(k), tableau.stages):
-            y = self._weighted(y0, k, tableau.a[stage], ends, ends_graph)
-            at = self._stage_time(y, stage, ends, ends_graph)
-            k.append(join(problem, problem_call(problem, at, y)))
-        return self._weighted(y0, k, tableau.b, ends, ends_graph), k[0]
+            y = self._weighted(y0, k, tableau.a[stage], ends)
+            at = self._stage_time(y, stage, ends)
+            k.append(problem.joined(problem_call(problem, at, y)))
+        return self._weighted(y0, k, tableau.b, ends), k[0]
 
     def _weighted(
         self,
         y0: Tensor,
         k: list[Tensor],
         weights: list[float],
-        ends: tuple[float, float],
-        ends_graph: tuple[Tensor, Tensor] | None,
+        ends: Ends,
     ) -> Tensor:
         """y0 + h Σ wⱼ kⱼ, by the op where dtypes and shapes agree, by promotion where not."""
         sign, dtype = self.problem.sign, self.problem.s.dtype
-        h = sign * rounding.rounding(dtype)(ends[1] - ends[0])
-        h_graph = None if ends_graph is None else sign * (ends_graph[1] - ends_graph[0])
+        h = sign * ends.size
+        h_graph = None if ends.graph is None else sign * ends.size_graph
         plain = y0.dim() == 0 and dtype != y0.dtype
         if not plain and all(row.dtype == y0.dtype and row.shape == y0.shape for row in k):
             real = rounding.real_dtype(y0.dtype)
@@ -231,23 +260,22 @@ class FixedGridSolver:
         self,
         y: Tensor,
         stage: int,
-        ends: tuple[float, float],
-        ends_graph: tuple[Tensor, Tensor] | None,
+        ends: Ends,
     ) -> Tensor:
         """The time that the field is given at a stage: 0-dim, in y's real dtype."""
         problem, c = self.problem, self.tableau.c[stage]
         dtype = rounding.real_dtype(y.dtype)
-        round_ = rounding.rounding(problem.s.dtype)
-        s = ends[1] if c == 1.0 else round_(ends[0] + round_(c * round_(ends[1] - ends[0])))
+        round_ = self.round
+        s = ends.end if c == 1.0 else round_(ends.start + round_(c * ends.size))
         s = rounding.rounding(dtype)(s)
         if self.perturb and stage == 0:
             s = rounding.after(s, dtype)
         elif self.perturb and c == 1.0:
             s = rounding.before(s, dtype)
         value = torch.full((), problem.sign * s, dtype=dtype, device=y.device)
-        if ends_graph is None:
+        if ends.graph is None:
             return value
-        graph = problem.sign * (ends_graph[0] + c * (ends_graph[1] - ends_graph[0])).to(dtype)
+        graph = problem.sign * (ends.graph[0] + c * ends.size_graph).to(dtype)
         return graph + (value - graph).detach()
 
     # ---- between grid points ---------------------------------------------------------------------
@@ -257,25 +285,22 @@ class FixedGridSolver:
         y0: Tensor,
         y1: Tensor,
         f0: Tensor | None,
-        ends: tuple[float, float],
-        ends_graph: tuple[Tensor, Tensor] | None,
+        ends: Ends,
         at: Tensor,
     ) -> Tensor:
         """The state at an output time within the step from y0 to y1."""
-        start, end = (
-            (torch.full_like(at, end) for end in ends) if ends_graph is None else ends_graph
-        )
+        start, end = ends.graph or (torch.full_like(at, value) for value in ends[:2])
         if self.interp == "linear":
-            if at.item() == ends[0]:
+            if at.item() == ends.start:
                 return y0
-            if at.item() == ends[1]:
+            if at.item() == ends.end:
                 return y1
             return y0 + (at - start) / (end - start) * (y1 - y0)
         if self.interp != "cubic":
             raise ValueError(f"Unknown interpolation method {self.interp}")
         problem = self.problem
         dtype = rounding.real_dtype(y1.dtype)
-        f1 = join(problem, problem_call(problem, (problem.sign * end).to(dtype), y1))
+        f1 = problem.joined(problem_call(problem, (problem.sign * end).to(dtype), y1))
         return cubic_hermite(
             y0, y1, f0, f1, problem.sign * (end - start), (at - start) / (end - start)
         )
@@ -293,10 +318,3 @@ def problem_call(problem: Problem, t: Tensor, y: Tensor) -> list[Tensor]:
     if problem.shapes is None:
         return [problem.func(t, y)]
     return problem.call(t, y)
-
-
-def join(problem: Problem, fresh: list[Tensor]) -> Tensor:
-    """One tensor out of the parts of a tuple, in the dtype that they came in."""
-    if problem.shapes is None:
-        return fresh[0]
-    return torch.cat([part.reshape(-1) for part in fresh])

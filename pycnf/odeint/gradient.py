@@ -364,18 +364,19 @@ def _walk_fixed(
     grid_grads = torch.zeros_like(points)
     last = len(outputs)
     for i in range(len(values) - 2, -1, -1):
-        ends = (values[i], values[i + 1])
+        start, ends = solver.tape[i]
         first = last
         # As forward: a step shows the output times up to its end that no step before it has shown.
         while first > 1 and (i == 0 or outputs[first - 1] > values[i]):
             first -= 1
-        y0 = _leaf(solver.tape[i])
-        ends_graph = tuple(_leaf(points[i + at]) for at in (0, 1)) if with_times else None
+        y0 = _leaf(start)
         at = _leaf(s[first:last]) if with_times else s[first:last]
+        if with_times:
+            ends = ends._replace(graph=(_leaf(points[i]), _leaf(points[i + 1])))
         with torch.enable_grad():
-            y1, shown = solver.replay(y0, ends, ends_graph, at)
+            y1, shown = solver.replay(y0, ends, at)
         pairs = [(y1, y_grad), *zip(shown, grad[first:last])]
-        inputs = [y0, *ends_graph, at] if with_times else [y0]
+        inputs = [y0, *ends.graph, at] if with_times else [y0]
         y_grad, *rest = grads.pull_back(pairs, inputs)
         # A step that shows its start or y0 without a slope has no graph there.
         if with_times:

@@ -60,11 +60,15 @@ class Problem:
             return [f]
         return list(self.func(t, flat_to_shapes(y, self.shapes)))
 
+    def joined(self, fresh: list[Tensor]) -> Tensor:
+        """What `call` returned as one tensor, in the dtype that it came in."""
+        if self.shapes is None:
+            return fresh[0]
+        return torch.cat([part.reshape(-1) for part in fresh])
+
     def as_state(self, fresh: list[Tensor], y: Tensor) -> Tensor:
         """What `call` returned as one tensor like y, with its graph."""
-        if len(fresh) == 1:
-            return fresh[0].reshape(y.shape).to(y.dtype)
-        return torch.cat([part.reshape(-1) for part in fresh]).to(y.dtype)
+        return self.joined(fresh).reshape(y.shape).to(y.dtype)
 
     def norm_of(self, state: Tensor) -> Tensor:
         """The norm of one tensor like y0."""
@@ -74,15 +78,21 @@ class Problem:
         """The norm as segments for the kernels, None if only `norm_of` will do."""
         return segments_of(self.norm, self.shapes if self.shapes is not None else [self.y0.shape])
 
-    def notify(self, name: str, s: float, y: Tensor, ds: float, dtype: torch.dtype) -> None:
-        """Calls a callback, if func has it, with (t, y, dt): t as the user counts it, dt positive,
-        y live.
+    def notify(
+        self, name: str, s: float, y: Tensor, ds: float, dtype: torch.dtype
+    ) -> tuple[float, float]:
+        """Calls a callback, if func has it, with (t, y, dt), and returns s and ds after it.
+
+        t is as the user counts it and dt is positive. All three are live: the solve goes on with
+        what the callback has made of them (but for a negated t, which is a copy).
         """
         callback = self.callbacks.get(name)
-        if callback is not None:
-            state = y if self.shapes is None else flat_to_shapes(y, self.shapes)
-            t, dt = (torch.tensor(v, dtype=dtype, device=y.device) for v in (self.sign * s, ds))
-            callback(t, state, dt)
+        if callback is None:
+            return s, ds
+        state = y if self.shapes is None else flat_to_shapes(y, self.shapes)
+        t, dt = (torch.tensor(v, dtype=dtype, device=y.device) for v in (self.sign * s, ds))
+        callback(t, state, dt)
+        return (t.item() if self.sign > 0 else s), dt.item()
 
     def shaped(self, solution: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Solutions [T, ...] as the user's state: a tensor, or a tuple of views."""

@@ -119,6 +119,11 @@ class StepTimes:
     def _with_graph(self, value: Tensor, c: float) -> Tensor:
         return _StageTime.apply(value, self.start_graph, self.size_graph, c, self.sign)
 
+    def resize(self, size: float) -> float:
+        """Takes another size (an accept callback's) for what is still to come, the interpolant."""
+        self.size, self.h = size, self.sign * self.round(size)
+        return size
+
     def point(self, output: float) -> float:
         """Where an output time lies in the step, from 0 to 1."""
         start, end = self.start, self.end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pycnf import _C
+from pycnf._build import _C
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ def load(path: Path) -> dict[str, Any]:
         InputError: there is none, it is damaged, or another version of pycnf wrote it.
     """
     if not path.is_file():
-        raise InputError(f"There is no checkpoint {path}; is {path.parent} a run folder of pycnf?")
+        raise InputError(
+            f"There is no checkpoint {path}; give the folder of a run, like runs/moons-1."
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +67,33 @@ class RunFolder:
         return path
 
 
+def check(out: Path | None) -> None:
+    """Finds out whether a run's folder can be made, and makes nothing.
+
+    Args:
+        out: as for ``create``.
+
+    Raises:
+        InputError: it holds something already, or cannot be written to.
+    """
+    place = (RUNS if out is None else out).absolute()
+    if out is not None and place.exists():
+        if not place.is_dir():
+            raise InputError(f"{out} is a file; give --out a folder.")
+        folder = RunFolder(out)
+        if folder.last.exists() or folder.config.exists():
+            raise InputError(
+                f"{out} holds a run already; continue it with --resume {shlex.quote(str(out))}, or "
+                "give another --out."
+            )
+        if any(out.iterdir()):
+            raise InputError(f"{out} is not empty; give --out a new folder.")
+    while not place.exists():
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise InputError(f"{place} is no folder that can be written to; give another --out.")
+
+
 def create(out: Path | None, name: str) -> RunFolder:
     """Makes the folder of a new run.
 
@@ -72,47 +102,21 @@ def create(out: Path | None, name: str) -> RunFolder:
         name: the source's short name.
 
     Raises:
-        InputError: it holds a run already, or cannot be written to.
+        InputError: it holds something already, or cannot be written to.
     """
-    if out is None:
-        number = 1
-        # mkdir itself decides who gets a number, so two runs started together do not collide.
-        while not _make(RUNS / f"{name}-{number}"):
-            number += 1
-        return RunFolder(RUNS / f"{name}-{number}")
-    if not _make(out):
-        if not out.is_dir():
-            raise InputError(f"{out} is a file; give --out a folder.")
-        folder = RunFolder(out)
-        if folder.last.exists() or folder.config.exists():
-            raise InputError(
-                f"{out} holds a run already; continue it with --resume {out}, or give another "
-                "--out."
-            )
-        if any(out.iterdir()):
-            raise InputError(f"{out} is not empty; give --out a new folder.")
-        if not os.access(out, os.W_OK):
-            raise InputError(f"{out} cannot be written to; give another --out.")
-    return RunFolder(out)
-
-
-def check_creatable(out: Path | None) -> None:
-    """Raises InputError for a place where no run folder can be made; makes nothing."""
-    place = (RUNS if out is None else out).absolute()
-    while not place.exists():
-        place = place.parent
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise InputError(f"{place} is no folder that can be written to; give another --out.")
-
-
-def _make(path: Path) -> bool:
-    """Makes a folder and its parents; returns False where there was one."""
+    check(out)
     try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        return False
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            return RunFolder(out)
+        RUNS.mkdir(exist_ok=True)
+        for number in itertools.count(1):
+            # mkdir decides who gets a number, so two runs started together do not collide.
+            with contextlib.suppress(FileExistsError):
+                (RUNS / f"{name}-{number}").mkdir()
+                return RunFolder(RUNS / f"{name}-{number}")
     except OSError as error:
         raise InputError(
-            f"The folder {path} cannot be made ({error.strerror}); give another --out."
+            f"The run's folder cannot be made ({error.strerror}); give another --out."
         ) from error
-    return True
+    raise AssertionError("numbers do not end")

@@ -23,7 +23,7 @@ from .config import Config
 from .folder import RunFolder
 from .interrupt import StopRequest
 from .metrics import MetricsFile
-from .model import Model
+from .model import Model, gist
 from .progress import Progress
 from .watch import NfeWatch
 
@@ -196,7 +196,7 @@ class Trainer:
             loss = -flow.log_prob(y, seed=seed).mean()
             loss.backward()
         except SolveError as error:
-            raise Diverged(self._trouble(f"the solver gave up ({_gist(error)})")) from error
+            raise Diverged(self._trouble(f"the solver gave up ({gist(error)})")) from error
         stats = flow.stats
         norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), self.config.clip)
         if not torch.isfinite(loss):
@@ -255,7 +255,7 @@ class Trainer:
         try:
             nll = -self.model.log_prob(self._validation).mean().item()
         except SolveError as error:
-            raise Diverged(self._trouble(f"validation failed ({_gist(error)})")) from error
+            raise Diverged(self._trouble(f"validation failed ({gist(error)})")) from error
         if not math.isfinite(nll):
             raise Diverged(self._trouble("the validation likelihood stopped being a number"))
         loss, forward, backward, _ = self._means()
@@ -277,7 +277,3 @@ class Trainer:
         self.save()
         self.progress.validation(at.step, self.shown(loss), self.shown(nll), forward, backward)
         self.progress.pause()
-
-
-def _gist(error: SolveError) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")

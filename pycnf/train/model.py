@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Dataset, GaussianBaseline, InputError, Preprocess
-from ..flows import CNF
+from ..flows import CNF, SolveError
 from ..nn import MLP
 from .config import Config
 
@@ -62,7 +62,8 @@ class Model(nn.Module):
                 gradient=config.gradient,
             )
         except (TypeError, ValueError) as error:
-            raise InputError(f"These options do not go together: {error}") from error
+            reason = str(error).rstrip(".")
+            raise InputError(f"These options do not go together ({reason}).") from error
         # A plain attribute, not a submodule: its parameters are the field's, saved once.
         exact = CNF(
             field,
@@ -150,3 +151,8 @@ def restored(checkpoint: Mapping[str, Any]) -> Model:
     model = Model(config, len(data["columns"]), logit=data["kind"] == "digits")
     model.load_state(checkpoint)
     return model
+
+
+def gist(error: SolveError) -> str:
+    """What stopped a solve and where, without the advice, which is for programmers."""
+    return str(error).split("; ")[0].splitlines()[0].rstrip(".")

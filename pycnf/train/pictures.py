@@ -7,7 +7,7 @@ pyplot, so nothing here touches the global state of a program that uses matplotl
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..data import LEVELS, SHAPE, Dataset, quantize
+from ..flows import SolveError
 from . import metrics
 from .files import write_atomically
 from .folder import RunFolder
-from .model import Model
+from .model import Model, gist
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,22 +40,36 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw_all(model: Model, data: Dataset, folder: RunFolder) -> list[Path]:
-    """Draws every picture that suits the data; returns their paths, the most telling first."""
+def draw_all(
+    model: Model, data: Dataset, folder: RunFolder, warn: Callable[[str], None]
+) -> list[Path]:
+    """Draws every picture that suits the data; returns their paths, the most telling first.
+
+    A flow that trained badly may have no solution far from its data; ``warn`` is then told of the
+    picture that is missing.
+    """
     folder.pictures.mkdir(exist_ok=True)
     n = 100 if data.kind == "digits" else SHOWN
-    name = "density" if data.features == 2 else "samples"
-    figures = {name: sample_figure(model, data, model.sample(n, SAMPLE_SEED))}
-    if data.features == 2:
-        figures["flow"] = flow_panels(model, data)
+    plane = data.features == 2
+    figures: dict[str, Callable[[], Figure]] = {
+        "density" if plane else "samples": lambda: sample_figure(
+            model, data, model.sample(n, SAMPLE_SEED)
+        )
+    }
+    if plane:
+        figures["flow"] = lambda: flow_panels(model, data)
     rows = metrics.read(folder.metrics)
     if rows:
-        figures["curves"] = curves(rows, data)
+        figures["curves"] = lambda: curves(rows, data)
     paths = []
-    for name, figure in figures.items():
+    for name, draw in figures.items():
         path = folder.pictures / f"{name}.png"
-        save(figure, path)
-        paths.append(path)
+        try:
+            save(draw(), path)
+        except SolveError as error:
+            warn(f"{path} is not drawn: {gist(error)}.")
+        else:
+            paths.append(path)
     return paths
 
 
@@ -124,7 +139,7 @@ def flow_panels(model: Model, data: Dataset) -> Figure:
         counts = torch.histogramdd(
             points.cpu(), bins=[110, 110], range=[-side, side, -side, side]
         ).hist
-        ax.imshow(counts.T.sqrt(), origin="lower", cmap=DENSITY, interpolation="bicubic")
+        ax.imshow(counts.T.sqrt().numpy(), origin="lower", cmap=DENSITY, interpolation="bicubic")
         ax.set(xticks=[], yticks=[])
         _title(ax, f"t = {i / (FRAMES - 1):g}")
     figure.suptitle(f"from noise to {data.name}", color=INK, fontsize=13, fontweight="bold")
@@ -147,7 +162,13 @@ def line_panel(model: Model, data: Dataset, real: Tensor, drawn: Tensor) -> Figu
             label=label,
         )
     x = torch.linspace(*limits, 4 * GRID, dtype=torch.float64)
-    ax.plot(x, model.log_prob(x[:, None]).exp(), color=INK, lw=1.8, label="density of the flow")
+    ax.plot(
+        x.numpy(),
+        model.log_prob(x[:, None]).exp().numpy(),
+        color=INK,
+        lw=1.8,
+        label="density of the flow",
+    )
     ax.set_xlabel(data.columns[0], color=INK)
     ax.set(xlim=limits, yticks=[])
     ax.legend(frameon=False, labelcolor=INK)
@@ -220,7 +241,9 @@ def digit_grids(real: Tensor, drawn: Tensor) -> Figure:
     for ax, levels, title, colour in zip(
         figure.subplots(1, 2), (real, drawn), ("data", "samples of the flow"), (DATA, MODEL)
     ):
-        ax.imshow(_mosaic(levels), cmap="gray_r", vmin=0, vmax=LEVELS - 1, interpolation="nearest")
+        ax.imshow(
+            _mosaic(levels).numpy(), cmap="gray_r", vmin=0, vmax=LEVELS - 1, interpolation="nearest"
+        )
         ax.set(xticks=[], yticks=[])
         for spine in ax.spines.values():
             spine.set_visible(False)

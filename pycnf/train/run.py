@@ -15,7 +15,7 @@ from . import checkpoint, pictures
 from .config import Config, choose
 from .evaluate import evaluate
 from .files import write_json
-from .folder import RunFolder, check_creatable, create
+from .folder import RunFolder, check, create
 from .interrupt import StopRequest
 from .loop import Diverged, Trainer
 from .model import Model, fitted, restored
@@ -48,16 +48,16 @@ def start(given: Mapping[str, Any], out: Path | None, quiet: bool) -> int:
     Raises:
         InputError: something given cannot be used.
     """
-    check_creatable(out)
+    check(out)
     # Checks all values before any file is read; the defaults that depend on the data come after.
     first = Config(**{k: v for k, v in given.items() if k != "epochs"})
     data = load(first.source, **{k: getattr(first, k) for k in SPLIT})
     config = choose(data, {"threads": torch.get_num_threads(), **given})
     torch.set_num_threads(config.threads)
     model = fitted(config, data)
+    folder = create(out, data.name)
     for remark in remarks(data):
         warn(remark)
-    folder = create(out, data.name)
     trainer = _trainer(config, data, model, folder, quiet)
     # A checkpoint from the first moment on: a run interrupted before its first validation resumes.
     trainer.save()
@@ -217,7 +217,15 @@ def _finish(trainer: Trainer) -> int:
     if trainer.at.ended == "patience":
         progress.say(f"Stopped early: no better validation since step {trainer.at.best_step}.")
     if folder.best.exists():
-        show(folder, progress.say)
+        try:
+            show(folder, progress.say)
+        except KeyboardInterrupt:
+            print(
+                "Interrupted; the training is done and saved. To judge it and draw the pictures:\n"
+                f"  python -m pycnf evaluate {shlex.quote(str(folder.path))}",
+                file=sys.stderr,
+            )
+            return 130
         progress.say(f"Samples:\n  python -m pycnf sample {shlex.quote(str(folder.path))}")
     return code
 
@@ -246,7 +254,7 @@ def show(folder: RunFolder, say: Callable[[str], None], which: str = "best") -> 
         warn(NO_PICTURES)
         return
     say("Pictures:")
-    for path in pictures.draw_all(model, data, folder):
+    for path in pictures.draw_all(model, data, folder, warn):
         say(f"  {path}")
 
 
