@@ -70,7 +70,7 @@ class CNF(nn.Module):
 
     Attributes:
         stats: `SolveStats` of the newest forward; None before.
-        keep_bytes: Memory that a discrete gradient may take to keep the stages of a solve (256 MiB);
+        keep_bytes: Memory that a discrete gradient may take to keep the stages of a solve, 256 MiB;
             steps beyond are computed again, and with 0 all are: B·D numbers per accepted step.
 
     Raises:

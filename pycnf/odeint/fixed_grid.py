@@ -139,7 +139,7 @@ class FixedGridSolver:
         start, end = grid[:-1], grid[1:]
         columns = []
         for stage, c in enumerate(self.tableau.c):
-            s = (end if c == 1.0 else start + c * (end - start)).to(dtype)
+            s = (end if self._ends_on_grid(c) else start + c * (end - start)).to(dtype)
             if self.perturb and stage == 0:
                 s = torch.nextafter(s, s + 1)
             elif self.perturb and c == 1.0:
@@ -152,6 +152,12 @@ class FixedGridSolver:
             flat = time_tensors([t for row in some for t in row], dtype, self.problem.y0.device)
             for i in range(len(some)):
                 yield flat[i * stages : (i + 1) * stages]
+
+    def _ends_on_grid(self, c: float) -> bool:
+        """Whether a stage is taken at the grid point itself: rk4's last one is, heun2's is at start
+        + size.
+        """
+        return c == 1.0 and self.tableau.name == "rk4"
 
     def keep_start(self) -> None:
         """Makes the tape independent of the caller's y0."""
@@ -204,7 +210,9 @@ class FixedGridSolver:
         return rows.solve(y0, fresh, h), f0
 
     def _suits_kernels(self, y0: Tensor) -> bool:
-        if not has_kernels(y0.dtype, y0.device) or (y0.requires_grad and torch.is_grad_enabled()):
+        if y0.dtype != self.problem.y0.dtype or not has_kernels(y0.dtype, y0.device):
+            return False
+        if y0.requires_grad and torch.is_grad_enabled():
             return False
         return y0.dim() > 0 or self.problem.s.dtype == y0.dtype
 
@@ -266,7 +274,8 @@ class FixedGridSolver:
         problem, c = self.problem, self.tableau.c[stage]
         dtype = rounding.real_dtype(y.dtype)
         round_ = self.round
-        s = ends.end if c == 1.0 else round_(ends.start + round_(c * ends.size))
+        on_grid = self._ends_on_grid(c)
+        s = ends.end if on_grid else round_(ends.start + round_(c * ends.size))
         s = rounding.rounding(dtype)(s)
         if self.perturb and stage == 0:
             s = rounding.after(s, dtype)
