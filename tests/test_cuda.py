@@ -507,13 +507,14 @@ def test_gaussian(ops, dtype, features, probes, batch):
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, torch.float16, torch.bfloat16], ids=str)
-def test_time_tensors(dtype):
-    values = [0.1, 1 / 3, -2.0, 1e-7]
-    times = torch.ops.pycnf.time_tensors(values, dtype, torch.device(DEVICE))
+@pytest.mark.parametrize("count", [0, 1, 6, 128, 300])
+def test_time_tensors(ops, count, dtype):
+    values = [(-1) ** i / (3 + i) for i in range(count)]
+    times = ops.time_tensors(values, dtype, torch.device(DEVICE))
     expected = torch.ops.pycnf.time_tensors(values, dtype, torch.device("cpu"))
-    assert [t.shape for t in times] == [torch.Size([])] * len(values)
+    assert [t.shape for t in times] == [torch.Size([])] * count
     assert all(t.device.type == DEVICE and t.dtype == dtype for t in times)
-    assert torch.equal(torch.stack(times).cpu(), torch.stack(expected))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(times, expected))
 
 
 # ---- as a citizen of CUDA ------------------------------------------------------------------------
@@ -534,6 +535,7 @@ def every_op(ops, case, tol, segments, x, out):
         keys,
         ops.probe_sample(keys, 3, 2, 5, False, F32),
         ops.probe_sample(keys, 3, 2, 5, True, F32),
+        torch.stack(ops.time_tensors([0.1, 0.2], F32, y0.device)),
     ]
 
 
@@ -747,7 +749,7 @@ def test_at_most_one_sync_an_attempt(monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
     syncs = [w for w in caught if "synchroniz" in str(w.message).lower()]
     attempts = (len(size) - 2) // 6
-    # Two for the initial step, and those of the arguments' checks.
+    # Beyond one an attempt: the initial step's norms, the times, the first state's check.
     assert len(syncs) <= attempts + 6
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fields import one_thread  # noqa: F401
 
 from pycnf.nn.layers import LAYERS, LAYERS_OF_PLAIN_TIME, get_layer
 

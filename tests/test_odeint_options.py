@@ -82,7 +82,7 @@ ADAPTIVE_OPTIONS = {
     "jump_t as a list": {"jump_t": [0.25, 1.3, 2.5]},
     "step_t and jump_t": {"step_t": double(0.4, 1.9), "jump_t": double(0.8, 1.3)},
     "a norm": {"norm": lambda y: y.abs().max()},
-    "a norm of some elements": {"norm": lambda y: y[:1].abs().max()},
+    "a norm of some elements": {"norm": lambda y: y[:2].abs().sum()},
 }
 
 

@@ -74,6 +74,11 @@ cudaError_t launch_initial(const InitialParams<T>& p, const NormLayout& layout,
 template <typename T>
 cudaError_t launch_interpolate(const InterpolateParams<T>& p, cudaStream_t stream);
 
+// Travel as arguments, as above: a copy from pageable memory waits for the GPU.
+template <typename T>
+cudaError_t launch_store_values(const double* values,  // [count], host memory
+                                int64_t count, T* out, cudaStream_t stream);
+
 // ---- probes -------------------------------------------------------------------------------------
 
 template <typename T>

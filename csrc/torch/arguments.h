@@ -163,6 +163,7 @@ FinishParams<T> finish_params(const at::Tensor& y0, const Rows& rows, at::Tensor
               "solution must be empty or as long as error, got ", solution.size(), " and ",
               error.size(), " weights");
   FinishParams<T> p = {};
+  p.tolerance = tolerance<T>(rtol, atol, y0);  // first: a refused call writes nothing
   p.y0 = y0.const_data_ptr<T>();
   p.solution = rows.weighted<T>(solution, h);
   p.error = rows.weighted<T>(error, h);
@@ -170,7 +171,6 @@ FinishParams<T> finish_params(const at::Tensor& y0, const Rows& rows, at::Tensor
   p.fresh_row = rows.row<T>(rows.stages() - 1);
   p.y1 = y1.data_ptr<T>();
   p.ratio = ratio.has_value() ? ratio->data_ptr<T>() : nullptr;
-  p.tolerance = tolerance<T>(rtol, atol, y0);
   return p;
 }
 

@@ -89,7 +89,7 @@ PYBIND11_MODULE(_C, m) {
         arg("h"), Unlocked());
   m.def("rk_finish", rk_finish, arg("y0"), arg("k"), arg("flip"), arg("fresh"), arg("y1"),
         arg("solution"), arg("error"), arg("h"), arg("rtol"), arg("atol"), arg("segments"),
-        arg("ratio") = py::none(), Unlocked());
+        arg("ratio"), Unlocked());
   m.def("time_tensors", time_tensors, arg("values"), arg("dtype"), arg("device"), Unlocked());
 
   m.def("instruction_set", [] { return pycnf::cpu_kernels_of_this_machine().instruction_set; });

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
+#include <c10/core/TensorOptions.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -147,6 +148,30 @@ at::Tensor rk_combine_cuda(const at::Tensor& y, at::TensorList k, at::ArrayRef<d
   return out;
 }
 
+std::vector<at::Tensor> time_tensors_cuda(at::ArrayRef<double> values, at::ScalarType dtype,
+                                          at::Device device) {
+  const bool direct = dtype == at::kFloat || dtype == at::kDouble;
+  const auto out =
+      at::empty({int64_t(values.size())}, at::device(device).dtype(direct ? dtype : at::kDouble));
+  const CUDAGuard guard(out.device());
+  AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "time_tensors", [&] {
+    C10_CUDA_CHECK(launch_store_values(values.data(), out.numel(), out.data_ptr<scalar_t>(),
+                                       current_stream()));
+  });
+  return out.to(dtype).unbind();
+}
+
+// An op without tensors is dispatched by nothing but its arguments: here.
+std::vector<at::Tensor> time_tensors(at::ArrayRef<double> values, at::ScalarType dtype,
+                                     at::Device device) {
+  if (device.is_cuda()) return time_tensors_cuda(values, dtype, device);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("pycnf::time_tensors", "")
+                             .typed<decltype(time_tensors)>();
+  const auto key = c10::computeDispatchKey(dtype, /*layout=*/std::nullopt, device);
+  return op.redispatch(c10::DispatchKeySet(key), values, dtype, device);
+}
+
 at::Tensor probe_keys_cuda(const at::Tensor& x) {
   TORCH_CHECK(x.dim() >= 1, "x must be [B, ...], got a 0-dim tensor");
   const CUDAGuard guard(x.device());
@@ -183,6 +208,8 @@ at::Tensor probe_sample_cuda(const at::Tensor& keys, int64_t seed, int64_t probe
 }
 
 }  // namespace
+
+TORCH_LIBRARY_IMPL(pycnf, BackendSelect, m) { m.impl("time_tensors", time_tensors); }
 
 TORCH_LIBRARY_IMPL(pycnf, CUDA, m) {
   m.impl("rk_stage", rk_stage_cuda);

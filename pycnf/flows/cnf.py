@@ -242,7 +242,7 @@ class CNF(nn.Module):
         """
         x, context = self._check_input(x, context)
         wanted = [float(time) for time in times]
-        first, last = float(self.t1), float(self.t0)
+        first, last = _value(self.t1), _value(self.t0)
         for time in wanted:
             if not min(first, last) <= time <= max(first, last):
                 raise ValueError(
@@ -316,7 +316,7 @@ class CNF(nn.Module):
                 raise ValueError(f"{name}: got {value}, expected a number of at least 0")
         if float(self.rtol) == float(self.atol) == 0:
             raise ValueError("rtol, atol: got 0 for both, expected one above 0")
-        t0, t1 = float(self.t0), float(self.t1)
+        t0, t1 = _value(self.t0), _value(self.t1)
         if not (math.isfinite(t0) and math.isfinite(t1)) or t0 == t1:
             raise ValueError(f"t0, t1: got {t0} and {t1}, expected two different times")
         for name, weight in self.regularizers.items():
@@ -406,7 +406,7 @@ class CNF(nn.Module):
         start, end = (self.t0, self.t1) if inverse else (self.t1, self.t0)
         stats = SolveStats()
         problem = self._problem(
-            float(start), float(end), probe, -1.0 if inverse else 1.0, stats, divergence
+            _value(start), _value(end), probe, -1.0 if inverse else 1.0, stats, divergence
         )
         z, *extras = self._solve(problem, x, context, start, end)
         stats.regularizers = dict(zip(problem.regularizers, extras[1:]))
@@ -532,6 +532,10 @@ class CNF(nn.Module):
             "likelihoods to report",
             stacklevel=3,
         )
+
+
+def _value(time: float | Tensor) -> float:
+    return float(time.detach() if isinstance(time, Tensor) else time)
 
 
 def _tensor_of(field: VectorField) -> Tensor | None:

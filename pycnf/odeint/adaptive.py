@@ -111,7 +111,9 @@ class AdaptiveSolver:
         numbers = (safety, ifactor, dfactor, min_step, max_step)
         self.limits = Limits(*(self.round(float(x)) for x in numbers), int(max_num_steps))
         self.first_step = first_step
-        self.stops = {"step_t": step_t, "jump_t": jump_t}
+        self.given_stops = {"step_t": step_t, "jump_t": jump_t}
+        self.stops: dict[str, list[float]] = {}
+        self.stop_graphs: dict[str, Sequence[Tensor]] = {}
         segments = problem.segments()
         self.own_norm = segments is not None
         self.rows = Rows(
@@ -202,24 +204,26 @@ class AdaptiveSolver:
 
     def _sort_stops(self) -> None:
         """Grid points and discontinuities after the start, ascending, and the next of each."""
-        stops = {}
-        for name, given in self.stops.items():
-            values = [] if given is None else torch.as_tensor(given, dtype=self.dtype).tolist()
-            stops[name] = sorted(value for value in values if value >= self.s)
+        stops, tensors = {}, {}
+        for name, given in self.given_stops.items():
+            points = torch.as_tensor([] if given is None else given, dtype=self.dtype)
+            points = points[points >= self.s].sort().values
+            stops[name] = points.tolist()
+            if points.requires_grad and torch.is_grad_enabled():
+                tensors[name] = points.unbind()
         together = stops["step_t"] + stops["jump_t"]
         if len(set(together)) < len(together):
             raise ValueError(
                 "`step_t` and `jump_t` must not have any repeated elements between them."
             )
-        self.stops = stops
+        self.stops, self.stop_graphs = stops, tensors
         self.next_stop = {
             name: min(bisect.bisect(values, self.s), len(values) - 1)
             for name, values in stops.items()
         }
 
     def _initial_step(self) -> float:
-        """Hairer, Norsett & Wanner, Solving ODEs I, II.4, in the rounding of torchdiffeq's tensors.
-        """
+        """Hairer, Norsett & Wanner, Solving ODEs I, II.4, rounded as torchdiffeq's tensors are."""
         problem, rows = self.problem, self.rows
         y0, f0 = problem.y0, rows.row(0)
         r = self.round_error
@@ -281,13 +285,16 @@ class AdaptiveSolver:
         assert self.finite, f"non-finite values in state `y`: {y0}"
         stop = None
         for name, values in self.stops.items():
-            # Both are looked at with the step as it was wished; a jump wins.
+            # A jump within what step_t has left of the step wins.
             if values and s0 < values[self.next_stop[name]] < round_(s0 + ds):
                 stop = name
                 s1 = values[self.next_stop[name]]
                 ds = round_(s1 - s0)
                 ds_graph = None
-        step = self._take(y0, self._times(s1, ds, ds_graph, stop is not None), stop)
+        times = self._times(s1, ds, ds_graph, stop is not None)
+        if stop in self.stop_graphs:
+            times.prescribe_end(self.stop_graphs[stop][self.next_stop[stop]])
+        step = self._take(y0, times, stop)
         error = self._error(step)
         accepted = (error <= 1 and ds <= limits.max_step) or ds <= limits.min_step
         if accepted:
@@ -400,8 +407,7 @@ class AdaptiveSolver:
         return self.interpolate_with_graph(step, times[begin:end]), True
 
     def interpolate_with_graph(self, step: Step, outputs: Tensor) -> Tensor:
-        """States at output times within a step that has `k`, [len(outputs), ...], with their graph.
-        """
+        """States [len(outputs), ...] within a step that has `k`, with their graph."""
         coefficients = differentiable_quartic(
             self.tableau, step.y0, step.y1, step.k, step.times.h, step.h_graph
         )

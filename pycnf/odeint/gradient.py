@@ -14,13 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from pycnf.odeint.adaptive import AdaptiveSolver
+from pycnf.odeint.adaptive import Accepted, AdaptiveSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
 from pycnf.odeint.norms import AdjointNorm, flat_to_shapes
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
 from pycnf.odeint.solve import SOLVERS, make_solver, solve_without_graph
+from pycnf.once import raise_if_differentiated
+
+_TWICE = (
+    "the gradient of odeint_adjoint cannot be differentiated again (twice, by create_graph=True); "
+    "pycnf.odeint can"
+)
 
 
 def odeint_adjoint(
@@ -83,17 +88,17 @@ def odeint_adjoint(
         raise ValueError(f'gradient must be "continuous" or "discrete", got {gradient!r}')
     if adjoint_params is None and not isinstance(func, nn.Module):
         raise ValueError(
-            "func must be an instance of nn.Module to specify the adjoint parameters; alternatively "
-            "they can be specified explicitly via the `adjoint_params` argument. If there are no "
-            "parameters then it is allowable to set `adjoint_params=()`."
+            "func must be an instance of nn.Module to specify the adjoint parameters; "
+            "alternatively they can be specified explicitly via the `adjoint_params` argument. If "
+            "there are no parameters then it is allowable to set `adjoint_params=()`."
         )
     adjoint_rtol = rtol if adjoint_rtol is None else adjoint_rtol
     adjoint_atol = atol if adjoint_atol is None else adjoint_atol
     adjoint_method = method if adjoint_method is None else adjoint_method
     if adjoint_method != method and options is not None and adjoint_options is None:
         raise ValueError(
-            "If `adjoint_method != method` then we cannot infer `adjoint_options` from `options`. So "
-            "as `options` has been passed then `adjoint_options` must be passed as well."
+            "If `adjoint_method != method` then we cannot infer `adjoint_options` from `options`. "
+            "So as `options` has been passed then `adjoint_options` must be passed as well."
         )
     if adjoint_options is None:
         adjoint_options = {k: v for k, v in (options or {}).items() if k != "norm"}
@@ -103,8 +108,9 @@ def odeint_adjoint(
     trainable = tuple(p for p in params if p.requires_grad)
     if len(trainable) != len(params) and callable(adjoint_options.get("norm")):
         warnings.warn(
-            "An adjoint parameter was passed without requiring gradient. For efficiency this will be "
-            "excluded from the adjoint pass, and will not appear as a tensor in the adjoint norm.",
+            "An adjoint parameter was passed without requiring gradient. For efficiency this will "
+            "be excluded from the adjoint pass, and will not appear as a tensor in the adjoint "
+            "norm.",
             stacklevel=2,
         )
     problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS)
@@ -153,8 +159,7 @@ def _adjoint_norm(norm: Any, problem: Problem) -> Callable:
 
 
 class _Continuous(torch.autograd.Function):
-    """A solve whose gradient is another solve, one per output interval. Works in ascending time s.
-    """
+    """A solve whose gradient is another solve, one per output interval, in ascending time s."""
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, backward: dict, y0: Tensor, s: Tensor, *params: Tensor):
@@ -163,14 +168,23 @@ class _Continuous(torch.autograd.Function):
         ctx.adjoint_options = backward["options"]
         ctx.time_gradient = s.requires_grad
         solution = solve_without_graph(problem)
-        ctx.save_for_backward(s, solution, *params)
+        # Not saved: the caller may edit y0 before backward, which only needs to know where it leads.
+        ctx.y0 = y0
+        ctx.save_for_backward(solution, s, *params)
         return solution
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor):
+        with torch.no_grad():
+            grads = _Continuous.solve_backwards(ctx, grad)
+        given = (grad, ctx.y0, *ctx.saved_tensors[1:])
+        return None, None, *raise_if_differentiated(grads, given, _TWICE)
+
+    @staticmethod
+    def solve_backwards(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+        """Gradients to y0, s and the parameters."""
         problem: Problem = ctx.problem
-        s, y, *params = ctx.saved_tensors
+        y, s, *params = ctx.saved_tensors
         arguments = {**ctx.backward_arguments, "options": ctx.adjoint_options}
         field = _AdjointField(problem, params)
         state = [torch.zeros((), dtype=y.dtype, device=y.device), y[-1], grad[-1].clone()]
@@ -192,7 +206,7 @@ class _Continuous(torch.autograd.Function):
             state[2] = state[2] + grad[i - 1]
         if time_grads is not None:
             time_grads[0] = state[0]
-        return None, None, state[2], time_grads, *state[3:]
+        return [state[2], time_grads, *state[3:]]
 
 
 class _AdjointField:
@@ -264,19 +278,21 @@ class _Discrete(torch.autograd.Function):
             solution = solver.integrate()
         # The caller may edit y0, or what it is given as the first solution, before backward.
         solver.keep_start()
+        ctx.y0 = y0
         ctx.save_for_backward(s, *params)
         return solution
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         s, *params = ctx.saved_tensors
         grads = _Gradients(params)
-        if isinstance(ctx.solver, FixedGridSolver):
-            found = _walk_fixed(ctx.solver, s, grad, grads, ctx.grid, ctx.with_times)
-        else:
-            found = _walk_adaptive(ctx.solver, s, grad, grads, ctx.with_times)
-        return None, *found, *grads.params
+        with torch.no_grad():
+            if isinstance(ctx.solver, FixedGridSolver):
+                found = _walk_fixed(ctx.solver, s, grad, grads, ctx.grid, ctx.with_times)
+            else:
+                found = _walk_adaptive(ctx.solver, s, grad, grads, ctx.with_times)
+        given = (grad, ctx.y0, *ctx.saved_tensors)
+        return None, *raise_if_differentiated([*found, *grads.params], given, _TWICE)
 
 
 class _Gradients:
@@ -313,37 +329,80 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_(True)
 
 
+def _pull_back_step(
+    solver: AdaptiveSolver,
+    accepted: Accepted,
+    shown: Tensor,
+    shown_grads: Tensor,
+    end_grads: Sequence[Tensor | None],
+    grads: _Gradients,
+) -> list[Tensor | None]:
+    """Gradients to a step's start (state, kept derivative, time) and output times from those of its
+    end.
+
+    A function of its own, so that the graph of one step is gone before the next is made.
+    """
+    y0 = _leaf(accepted.y)
+    f0 = None if accepted.f is None else _leaf(accepted.f.view_as(y0))
+    s0 = _leaf(shown.new_tensor(accepted.s0)) if shown.requires_grad else None
+    with torch.enable_grad():
+        step = solver.replay(accepted, y0, f0, s0)
+        pairs = list(zip((step.y1, step.k[-1], step.times.end_graph), end_grads))
+        if len(shown):
+            pairs.append((solver.interpolate_with_graph(step, shown), shown_grads))
+    inputs = [y0, f0, s0, shown if shown.requires_grad else None]
+    found = iter(grads.pull_back(pairs, [x for x in inputs if x is not None]))
+    return [None if x is None else next(found) for x in inputs]
+
+
 def _walk_adaptive(
     solver: AdaptiveSolver, s: Tensor, grad: Tensor, grads: _Gradients, with_times: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients to y0 and, if wanted, to the times [T]."""
-    times = s.to(solver.dtype)
+    times = s.detach().to(solver.dtype)
     y_grad, f_grad, s_grad = None, None, None
     time_grads = torch.zeros_like(times) if with_times else None
     covered = set()
     for accepted in reversed(solver.tape):
-        outputs = slice(accepted.outputs.start, accepted.outputs.stop)
         covered.update(accepted.outputs)
-        y0 = _leaf(accepted.y)
-        f0 = None if accepted.f is None else _leaf(accepted.f.view_as(y0))
-        s0 = _leaf(times.new_tensor(accepted.s0)) if with_times else None
-        at = _leaf(times[outputs]) if with_times else times[outputs]
-        with torch.enable_grad():
-            step = solver.replay(accepted, y0, f0, s0)
-            pairs = [(step.y1, y_grad), (step.k[-1], f_grad), (step.times.end_graph, s_grad)]
-            if len(accepted.outputs):
-                pairs.append((solver.interpolate_with_graph(step, at), grad[outputs]))
-        inputs = [x for x in (y0, f0, s0, at if with_times else None) if x is not None]
-        found = dict(zip(map(id, inputs), grads.pull_back(pairs, inputs)))
-        y_grad, f_grad, s_grad = (found.get(id(x)) for x in (y0, f0, s0))
-        if with_times and found[id(at)] is not None:
-            time_grads[outputs] += found[id(at)]
+        outputs = slice(accepted.outputs.start, accepted.outputs.stop)
+        shown = times[outputs]
+        if with_times:
+            shown.requires_grad_(True)
+        y_grad, f_grad, s_grad, shown_grad = _pull_back_step(
+            solver, accepted, shown, grad[outputs], (y_grad, f_grad, s_grad), grads
+        )
+        if shown_grad is not None:
+            time_grads[outputs] += shown_grad
     # Output times that no step covers show y0 itself; the first one always does.
     for i in sorted(set(range(len(s))) - covered):
         y_grad = _add(y_grad, grad[i])
     if with_times and s_grad is not None:
         time_grads[0] += s_grad
     return y_grad, None if time_grads is None else time_grads.to(s.dtype)
+
+
+def _pull_back_fixed_step(
+    solver: FixedGridSolver,
+    index: int,
+    points: Tensor,
+    shown: Tensor,
+    shown_grads: Tensor,
+    end_grad: Tensor | None,
+    grads: _Gradients,
+) -> list[Tensor | None]:
+    """Gradients to the state at the start of a step and, if wanted, to its ends and its output
+    times.
+    """
+    start, ends = solver.tape[index]
+    y0 = _leaf(start)
+    inputs = [y0]
+    if shown.requires_grad:
+        ends = ends._replace(graph=(_leaf(points[index]), _leaf(points[index + 1])))
+        inputs += [*ends.graph, shown]
+    with torch.enable_grad():
+        y1, states = solver.replay(y0, ends, shown)
+    return grads.pull_back([(y1, end_grad), *zip(states, shown_grads)], inputs)
 
 
 def _walk_fixed(
@@ -364,27 +423,21 @@ def _walk_fixed(
     grid_grads = torch.zeros_like(points)
     last = len(outputs)
     for i in range(len(values) - 2, -1, -1):
-        start, ends = solver.tape[i]
         first = last
         # As forward: a step shows the output times up to its end that no step before it has shown.
         while first > 1 and (i == 0 or outputs[first - 1] > values[i]):
             first -= 1
-        y0 = _leaf(start)
-        at = _leaf(s[first:last]) if with_times else s[first:last]
+        shown = s[first:last]
         if with_times:
-            ends = ends._replace(graph=(_leaf(points[i]), _leaf(points[i + 1])))
-        with torch.enable_grad():
-            y1, shown = solver.replay(y0, ends, at)
-        pairs = [(y1, y_grad), *zip(shown, grad[first:last])]
-        inputs = [y0, *ends.graph, at] if with_times else [y0]
-        y_grad, *rest = grads.pull_back(pairs, inputs)
-        # A step that shows its start or y0 without a slope has no graph there.
-        if with_times:
-            for j in (0, 1):
-                if rest[j] is not None:
-                    grid_grads[i + j] += rest[j]
-            if rest[2] is not None:
-                time_grads[first:last] += rest[2]
+            shown.requires_grad_(True)
+        y_grad, *rest = _pull_back_fixed_step(
+            solver, i, points, shown, grad[first:last], y_grad, grads
+        )
+        for total, part, found in zip(
+            (grid_grads, grid_grads, time_grads), (i, i + 1, slice(first, last)), rest
+        ):
+            if found is not None:
+                total[part] += found
         last = first
     y_grad = _add(y_grad, grad[0])
     if not with_times:

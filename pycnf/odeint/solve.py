@@ -17,8 +17,7 @@ from pycnf.odeint.tableau import TABLEAUX
 
 @dataclass(frozen=True)
 class Method:
-    """What stands behind a method's name; `label` is torchdiffeq's class, which its warnings name.
-    """
+    """What stands behind a method's name; `label` is torchdiffeq's class, named in warnings."""
 
     label: str
     solver: type[AdaptiveSolver] | type[FixedGridSolver]

@@ -64,11 +64,17 @@ class StepTimes:
         self.dtype = rounding.real_dtype(problem.y0.dtype)
         self.start, self.end, self.size = start, end, size
         self.start_graph, self.fixed_end = start_graph, fixed_end
+        self.given_end: Tensor | None = None
         if fixed_end and start_graph is not None:
             size_graph = end - start_graph
         self.size_graph = size_graph
         self.round = rounding.rounding(self.dtype)
         self.h = self.sign * self.round(size)
+
+    def prescribe_end(self, end: Tensor) -> None:
+        """Lets gradients flow to a prescribed end, a 0-dim tensor."""
+        self.given_end = end
+        self.size_graph = end - (self.start if self.start_graph is None else self.start_graph)
 
     @property
     def has_graph(self) -> bool:
@@ -86,7 +92,7 @@ class StepTimes:
     def end_graph(self) -> Tensor | None:
         """The end as a 0-dim tensor, if gradients flow to it."""
         if self.fixed_end or not self.has_graph:
-            return None
+            return self.given_end
         if self.size_graph is None:
             return self.start_graph + self.size
         return self.size_graph + (self.start if self.start_graph is None else self.start_graph)
@@ -133,8 +139,7 @@ class StepTimes:
         return (output - start) / (end - start)
 
     def points(self, outputs: Tensor) -> list[Tensor]:
-        """`point` of output times [n] as 0-dim tensors with their graph, in the state's real dtype.
-        """
+        """`point` of output times [n] as 0-dim tensors with their graph, in the state's dtype."""
         start = self.start if self.start_graph is None else self.start_graph
         end = self.end if self.end_graph is None else self.end_graph
         x = (outputs - start) / (end - start)

@@ -126,8 +126,7 @@ class Rows:
 def combine(
     y: Tensor, k: Sequence[Tensor], weights: Sequence[float], h: float, h_graph: Tensor | None
 ) -> Tensor:
-    """y + h Σ wⱼ kⱼ with gradients to y, every kⱼ and h_graph, a 0-dim tensor equal to h or None.
-    """
+    """y + h Σ wⱼ kⱼ with gradients to y, every kⱼ and h_graph, a 0-dim h or None."""
     return kernels(y).rk_combine(y, k, weights, h, h_graph)
 
 
