@@ -61,7 +61,7 @@ def test_seeds_come_from_torchs_generator_one_draw_per_solve():
 
 
 def test_the_probe_is_fixed_over_a_solve():
-    """Or the adaptive solve would not see a smooth right-hand side: it takes as few steps as exact."""
+    """A new one at each evaluation would make the right-hand side rough and the steps many."""
     flow, exact = CNF(mlp(features=2)), CNF(mlp(features=2), divergence="exact")
     flow(points(), seed=1), exact(points())
     assert flow.stats.nfe_forward < 2 * exact.stats.nfe_forward

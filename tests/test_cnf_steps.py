@@ -1,6 +1,7 @@
 """The step policy of the flows: what is evaluated, when, how often, and with which order."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ FSAL = ("dopri5", "dopri8", "bosh3")
 
 
 class Switch(nn.Module):
-    """Calm, then a fast rotation from t = 0.5 on: steps are rejected there."""
+    """Calm but for a fast rotation around t = 0.5: steps are rejected there."""
 
     def forward(self, t, z):
-        speed = 40 * torch.sigmoid(200 * (t.reshape(-1, 1) - 0.5))
+        speed = 60 * torch.exp(-((9 * (t.reshape(-1, 1) - 0.5)) ** 2))
         return speed * torch.stack((z[:, 1], -z[:, 0]), 1)
 
 
@@ -29,7 +30,10 @@ class Switch(nn.Module):
 def test_counts_and_times(method, inverse):
     """Two evaluations choose the first step; the first stage is reused where that is true."""
     field = Counted(Switch())
-    flow = CNF(field, method=method, rtol=1e-4, atol=1e-4, max_num_steps=20_000)
+    flow = CNF(
+        field, method=method, rtol=1e-4, atol=1e-4, max_num_steps=20_000,
+        options={"max_step": 0.2},
+    )  # fmt: skip
     (flow.inverse if inverse else flow)(points(), seed=1)
     stats = flow.stats
     attempts = stats.accepted + stats.rejected
@@ -109,7 +113,7 @@ def test_order_of_pairs(method):
     field = mlp(hidden=(6,), scale=1.5)
     x = points(3)
     truth = torch.cat([part.flatten() for part in _solve(field, x, "dopri8", 1e-13)])
-    sizes = (3, 4, 6) if method == "dopri8" else (16, 24, 36)
+    sizes = (5, 7, 10) if method == "dopri8" else (16, 24, 36)
     errors = []
     for size in sizes:
         flow = CNF(
@@ -164,7 +168,7 @@ def test_stages_without_weight_evaluate_no_divergence(method):
     spared = 1 if method == "dopri5" else 4
     assert flow.stats.nfe_forward - Traced.backwards == spared * flow.stats.accepted
     Traced.backwards = 0
-    flow.sample(0), flow.trajectory(points(), [0.0])
+    flow.trajectory(points(), [0.0])
     assert Traced.backwards == 0  # no logdet, no divergence
 
 
@@ -175,7 +179,7 @@ def lambda_module(function):
 
 
 def test_error_norm_is_the_larger_of_z_and_logdet():
-    """A field whose divergence alone is hard: f = (sin(60 z2) / 60, 0) has none; swap to feel it."""
+    """The same right-hand side with and without a divergence, which is harder to integrate."""
     calm = CNF(lambda t, z: torch.stack((torch.sin(60 * z[:, 1]) / 60, 0 * z[:, 0]), 1),
                divergence="exact")  # fmt: skip
     rough = CNF(lambda t, z: torch.stack((torch.sin(60 * z[:, 0]) / 60, 0 * z[:, 1]), 1),
@@ -234,7 +238,8 @@ def test_a_sample_by_itself_and_in_a_batch(method):
     for a, b in zip(shuffled, together):
         torch.testing.assert_close(a, b[order], rtol=1e-12, atol=1e-14)
     shared = CNF(Mixed(), method=method)
-    assert not torch.allclose(shared(x, seed=1)[0][0], shared(x[:1], seed=1)[0][0], rtol=1e-12)
+    difference = shared(x, seed=1)[0][0] - shared(x[:1], seed=1)[0][0]
+    assert difference.abs().max() > 1e-10
 
 
 def test_samples_leave_when_they_are_done_and_have_their_own_times():
@@ -298,7 +303,7 @@ def test_grid(start, end):
         grid = control.grid(start, end)
         assert grid[0] == start
         assert grid[-1] == end
-        steps = [b - a for a, b in zip(grid[:-1], grid[1:])]
+        steps = [b - a for a, b in pairwise(grid)]
         assert all(step * (end - start) > 0 for step in steps)
         if count is None:
             assert len(steps) == math.ceil(abs(end - start) / 0.3 - 1e-9)

@@ -80,11 +80,17 @@ def test_adaptive_f32_agrees_to_rounding(method, problem):
         assert_close(mine.ys, theirs.ys, rtol=0.0, atol=atol)
 
 
+def equal_steps(problem):
+    """A step size that splits the problem's times into 30 and a bit."""
+    t = problem(F64)[2]
+    return float((t[-1] - t[0]).abs()) / 30.5
+
+
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_adaptive_f32_arithmetic(method, problem):
     """With the step size forced, no error estimate is in play and f32 agrees to its rounding."""
-    h = 0.03125
+    h = equal_steps(problem)
     options = {"first_step": h, "min_step": h, "max_step": h}
     mine, theirs = both(problem, method, F32, rtol=1e-4, atol=1e-4, options=options)
     assert theirs.rejected == 0
@@ -98,7 +104,7 @@ def test_adaptive_f32_arithmetic(method, problem):
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_adaptive_f64_arithmetic(method, problem):
     """Forced steps again: in f64 stages, ends of steps and interpolation agree to 1e-12."""
-    h = 0.0625
+    h = equal_steps(problem)
     options = {"first_step": h, "min_step": h, "max_step": h}
     mine, theirs = both(problem, method, rtol=1e-4, atol=1e-4, options=options)
     assert torch.equal(torch.stack(mine.times), torch.stack(theirs.times))
@@ -172,10 +178,10 @@ def test_long_times(method):
         x, v = y.unbind()
         return torch.stack([v, -torch.sin(x) + 0.01 * torch.cos(t)])
 
-    y0, t = torch.tensor([1.0, 0.0], dtype=F64), torch.linspace(0, 200, 1001, dtype=F64)
+    y0, t = torch.tensor([1.0, 0.0], dtype=F64), torch.linspace(0, 100, 1001, dtype=F64)
     tol = TOLERANCE[F64][method]
     mine, theirs = both_record(field, y0, t, method=method, rtol=tol, atol=tol)
-    assert theirs.attempts > 200
+    assert theirs.attempts > 100
     assert_same_run(mine, theirs, method)
 
 

@@ -72,6 +72,9 @@ class AdjointSystem:
     ) -> list[Callable[[Tensor], list[Tensor]]]:
         return [lambda y, t=t, i=i: self._evaluate(t, y, i) for t, i in zip(times, stages)]
 
+    def trial(self, time: float, y: Tensor) -> list[Tensor]:
+        return self._evaluate(time, y, 1)  # the step's own second stage comes later
+
     def _evaluate(self, time: float, y: Tensor, stage: int) -> list[Tensor]:
         z, a, *_ = (part.view(self.z.shape) for part in y.split(self.sizes)[:2])
         t = torch.tensor(time, dtype=z.dtype, device=z.device)

@@ -73,6 +73,9 @@ class ForwardSystem:
             for field in self.fields(times, stages)
         ]
 
+    def trial(self, time: float, y: Tensor) -> list[Tensor]:
+        return self.parts(self.fields([time], [0])[0](self.split(y)[0]))
+
     def parts(self, parts: Parts) -> list[Tensor]:
         """Parts for the stepper: extras that were not evaluated are zero."""
         return [*parts, *self.zeros] if len(parts) == 1 else list(parts)
@@ -114,8 +117,7 @@ class KeepingSystem(ForwardSystem):
     def at(
         self, times: Sequence[float], stages: Sequence[int], h: float
     ) -> list[Callable[[Tensor], list[Tensor]]]:
-        trial = h == 0 and stages[0] != 0
-        if trial or not self.keeping:
+        if not self.keeping:
             return super().at(times, stages, h)
         with torch.enable_grad():
             fields = self.fields(times, stages)

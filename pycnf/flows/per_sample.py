@@ -213,7 +213,7 @@ class _Samples:
         d0, d1 = self._norms(y, y.abs()), self._norms(f0, y.abs())
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).clamp(max=self.length)
         trial = y + (self.direction * h0).to(y.dtype).unsqueeze(1) * f0
-        f1 = self._evaluate(self.t + self.direction * h0, trial, self.rows, 1)
+        f1 = self._evaluate(self.t + self.direction * h0, trial, self.rows, 0)
         d2 = self._norms(f1 - f0, y.abs()) / h0
         h1 = torch.where(
             (d1 <= 1e-15) & (d2 <= 1e-15),

@@ -62,8 +62,11 @@ class System(Protocol):
         """The right-hand side at the times of some stages: functions of the flat state.
 
         They are called in the order of the stages, the first stage once for all attempts of a
-        step; h is the size of the step, 0 for an evaluation that belongs to none.
+        step (h is 0 then); h is the size of the step.
         """
+
+    def trial(self, time: float, y: Tensor) -> list[Tensor]:
+        """The right-hand side for the choice of the first step, which belongs to no step."""
 
     def accept(self, step: Step, y: Tensor, tableau: Tableau) -> None:
         """Hears of an accepted step and the state it began with."""
@@ -260,7 +263,7 @@ class _Adaptive:
         d0, d1 = self.rows.initial_norms(self.y, f0)
         h0 = trial_step(d0, d1, self.length)
         trial = torch.add(self.y, f0, alpha=self.direction * h0)
-        self.rows.store(1, self.system.at([self.t + self.direction * h0], [1], 0.0)[0](trial))
+        self.rows.store(1, self.system.trial(self.t + self.direction * h0, trial))
         d2 = self.rows.initial_norms(self.y, f0, self.rows.row(1))[0] / h0
         if not math.isfinite(d2):
             return h0 * self.control.dfactor

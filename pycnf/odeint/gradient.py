@@ -168,7 +168,7 @@ class _Continuous(torch.autograd.Function):
         ctx.adjoint_options = backward["options"]
         ctx.time_gradient = s.requires_grad
         solution = solve_without_graph(problem)
-        # Not saved: the caller may edit y0 before backward, which only needs to know where it leads.
+        # Not saved: the caller may edit y0 before backward, which only asks where it leads.
         ctx.y0 = y0
         ctx.save_for_backward(solution, s, *params)
         return solution
