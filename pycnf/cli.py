@@ -70,7 +70,8 @@ what the numbers mean
   {BITS_PER_DIM},
   where
 {textwrap.indent(textwrap.fill(BITS_PER_DIM_WHERE + ".", 90), "  ")}
-  NFE 20/37 is the number of evaluations of the network in a solve, forward and backward.
+  NFE 26/24 is the number of evaluations of the network in a solve, forward and backward; none
+  backward means that what the forward solve computed was kept.
 
 exit codes
   0 done   1 the loss diverged   2 something given cannot be used   130 Ctrl-C, saved

@@ -259,7 +259,7 @@ def solve(library, problem, method, dtype=torch.float64, t_dtype=torch.float64, 
 
 
 def record(library, field, y0, t, **keywords):
-    """Solves with ``library.odeint``: outputs, the field's record, attempts, rejections, warnings."""
+    """Solves with ``library.odeint``: outputs, the field's record, attempts, warnings."""
     recorder = Recorder(field)
     steps = {"step": 0, "accept_step": 0, "reject_step": 0}
 
@@ -336,7 +336,7 @@ def outcome(call):
     """What a call does: its result, or the type and text of what it raises."""
     try:
         return call()
-    except Exception as error:  # noqa: BLE001 - the comparison is of whatever is raised
+    except Exception as error:
         return type(error), str(error)
 
 

@@ -292,7 +292,7 @@ def test_norm_of_a_tuple_state_sees_the_tuple(method):
 
 @pytest.mark.parametrize("method", REPRESENTATIVE)
 def test_default_norms_differ(method):
-    """Tensor: RMS over all. Tuple: largest RMS. A wide quiet part must not dilute a small loud one."""
+    """Tensor: RMS over all. Tuple: largest RMS, so a wide quiet part dilutes no small loud one."""
 
     def field(t, y):
         return torch.cat([torch.sin(9 * t) * y[:1], torch.zeros(99, dtype=F64)])
@@ -312,7 +312,7 @@ def test_default_norms_differ(method):
 @pytest.mark.parametrize("tuple_state", [False, True])
 @pytest.mark.parametrize("method", REPRESENTATIVE)
 def test_norm_calls(method, tuple_state):
-    """How often and with what the norm is called: three times for the first step, once an attempt."""
+    """The norm is called three times for the first step and once an attempt."""
 
     def run(library):
         seen = []
@@ -491,7 +491,8 @@ def test_grid_constructor_arguments(method, reverse):
         return ys, seen
 
     for tuple_state in (False, True):
-        (mine, my_calls), (theirs, their_calls) = run(pycnf, tuple_state), run(torchdiffeq, tuple_state)
+        mine, my_calls = run(pycnf, tuple_state)
+        theirs, their_calls = run(torchdiffeq, tuple_state)
         assert len(my_calls) == len(their_calls) == 1
         assert_close(my_calls[0], their_calls[0], 0.0, 0.0)
         assert_close(mine, theirs, 1e-12, 1e-12)
@@ -649,13 +650,14 @@ def test_one_callback_alone(method, name):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("tuple_state", [False, True])
-@pytest.mark.parametrize("name", CALLBACKS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [*((method, name) for method in ADAPTIVE for name in CALLBACKS)]
+    + [(method, CALLBACKS[0]) for method in FIXED],
+)
 def test_callbacks_edit_the_state_in_place(method, name, tuple_state, reverse):
     """The state in a callback is live: tumour models project it there. On the first step of a
     tensor state it is the caller's own y0, which the edit reaches too."""
-    if method in FIXED and name != "callback_step":
-        pytest.skip("fixed methods have callback_step only; the warning has a test of its own")
 
     def run(library):
         def edit(name_, t0, y0, dt):
@@ -672,14 +674,16 @@ def test_callbacks_edit_the_state_in_place(method, name, tuple_state, reverse):
         t = t.flip(0) if reverse else t
         state = (y0, torch.zeros((), dtype=F64)) if tuple_state else y0
         with torch.no_grad():
-            ys = library.odeint(watched, state, t, method=method, rtol=1e-3, atol=1e-3)
+            tol = COARSE.get(method, 1e-3)
+            ys = library.odeint(watched, state, t, method=method, rtol=tol, atol=tol)
         return ys, y0, watched.log
 
     (mine, my_y0, my_log), (theirs, their_y0, their_log) = run(pycnf), run(torchdiffeq)
     assert name in {entry[0] for entry in their_log}
     assert_same_log(my_log, their_log, 1e-3 if method == "dopri8" else 1e-6)
     assert_close(my_y0, their_y0, 1e-12, 1e-12)
-    assert_close(mine, theirs, *value_tolerance(method))
+    # The edit makes the stale f0 wrong, and the step after it a matter of rounding.
+    assert_close(mine, theirs, 1e-6, 1e-6 if method != "dopri8" else 1e-5)
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
@@ -700,7 +704,7 @@ def test_callbacks_edit_the_step_in_place(method, name):
 
     (mine, my_log), (theirs, their_log) = run(pycnf), run(torchdiffeq)
     assert_same_log(my_log, their_log, 1e-3 if method == "dopri8" else 1e-6)
-    assert_close(mine, theirs, *value_tolerance(method))
+    assert_close(mine, theirs, 1e-6, 1e-6 if method != "dopri8" else 1e-5)
 
 
 @pytest.mark.parametrize("method", FIXED)

@@ -1,7 +1,7 @@
 """Every method converges at its order, seen at accepted step ends in f64.
 
-The problem is Kepler's with a clock that runs unevenly: nonlinear, coupled, dependent on time, and its
-solution is known from Kepler's equation. Scalar or linear problems would not see all order conditions.
+The problem is Kepler's with a clock that runs unevenly: nonlinear, coupled, dependent on time, its
+solution known from Kepler's equation. Scalar or linear problems would miss order conditions.
 """
 
 import math
@@ -59,7 +59,7 @@ def kepler_solution(t):
 
 
 def error(library, method, steps):
-    """Error at END after equal steps, which is the end of the last one but for the time's rounding."""
+    """Error at END after equal steps: at the end of the last one but for the time's rounding."""
     h = END / steps
     if method in ADAPTIVE:
         options = {"first_step": h, "min_step": h, "max_step": h}
@@ -76,7 +76,7 @@ def error(library, method, steps):
 
 
 def observed_order(errors):
-    """Slope of log2(error) over halvings by least squares on the finest three."""
+    """Slope of log2(error) over halvings, by least squares on the finest three."""
     y = [math.log2(e) for e in errors[-3:]]
     return (y[0] - y[2]) / 2
 

@@ -456,6 +456,27 @@ def test_graph_with_a_fixed_end(sign):
     assert times.end_graph is None
 
 
+@pytest.mark.parametrize("with_start", [False, True])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_graph_of_a_prescribed_end(sign, with_start):
+    """Stages move with c of the end and 1 - c of the start."""
+    times, start, _ = step_with_graph(sign, start=with_start, size=False, fixed_end=True)
+    end = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    times.prescribe_end(end)
+    assert times.has_graph
+    leaves = [end, start] if with_start else [end]
+    for t, c in zip(times.stages(), times.nodes[1:]):
+        assert gradients(t, *leaves) == pytest.approx([sign * c, sign * (1 - c)][: len(leaves)])
+    assert gradients(times.h_graph, *leaves) == [sign, -sign][: len(leaves)]
+    assert times.h_graph.item() == times.h == sign * 0.75
+    assert times.end_graph is end
+    (x,) = times.points(torch.tensor([0.4], dtype=F64))
+    assert x.item() == pytest.approx(0.2)
+    # x = (s - start) / (end - start)
+    expected = [-0.15 / 0.75**2, -0.6 / 0.75**2][: len(leaves)]
+    assert gradients(x, *leaves) == pytest.approx(expected)
+
+
 def test_a_fixed_end_without_a_graph_has_none():
     times, _, _ = step_with_graph(start=False, size=False, fixed_end=True)
     assert not times.has_graph

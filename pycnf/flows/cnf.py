@@ -122,7 +122,7 @@ class CNF(nn.Module):
         self.regularizers = dict(regularizers or {})
         self._check()
         if base is None:
-            base = StandardNormal(getattr(field, "features", None))
+            base = StandardNormal(_features_of(field))
             like = _tensor_of(field)
             if like is not None:
                 base = base.to(like)
@@ -369,9 +369,9 @@ class CNF(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor [B, D]")
-        features = getattr(self.field, "features", None)
+        features = _features_of(self.field)
         if x.dim() != 2 or x.shape[1] == 0 or (features is not None and x.shape[1] != features):
-            expected = f"[B, {features if isinstance(features, int) else 'D'}]"
+            expected = f"[B, {features or 'D'}]"
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
         like = _tensor_of(self.field)
         expected_dtype = x.dtype if like is None else like.dtype
@@ -536,6 +536,12 @@ class CNF(nn.Module):
 
 def _value(time: float | Tensor) -> float:
     return float(time.detach() if isinstance(time, Tensor) else time)
+
+
+def _features_of(field: VectorField) -> int | None:
+    """The field's own D, if it says one; `features` may be anything in a user's module."""
+    features = getattr(field, "features", None)
+    return features if isinstance(features, int) else None
 
 
 def _tensor_of(field: VectorField) -> Tensor | None:

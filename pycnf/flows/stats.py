@@ -11,8 +11,8 @@ class SolveStats:
 
     Attributes:
         nfe_forward: Evaluations of the field until the result was there, rejected steps included.
-        nfe_backward: Evaluations of the field during the gradient; 0 until then, and 0 for
-            `gradient="autograd"`, whose backward evaluates nothing.
+        nfe_backward: Evaluations of the field during the gradient; 0 until then, and where the
+            gradient evaluates nothing: `gradient="autograd"`, and "discrete" with its stages kept.
         accepted: Accepted steps; with steps per sample, of the sample that took most.
         rejected: Rejected attempts; with steps per sample, of the sample that had most.
         engine: "generic".

@@ -177,23 +177,21 @@ def choose(data: Dataset, given: Mapping[str, Any]) -> Config:
 
 
 def _defaults(data: Dataset) -> dict[str, Any]:
-    """What serves each kind of source well within a few minutes on two cores (measured)."""
+    """What serves each kind of source well within a few minutes on two cores (measured).
+
+    Training solves to 1e-3: the discrete gradient is exact at any tolerance, and flows trained at
+    1e-4 were no better when judged at 1e-5. Two hidden layers have an exact divergence in closed
+    form, at the cost of one Hutchinson probe in any number of columns.
+    """
+    common = {"divergence": "exact", "rtol": 1e-3, "atol": 1e-3}
     if data.kind == "toy":
-        return {
-            "divergence": "exact",
-            "rtol": 1e-3,
-            "atol": 1e-3,
-            "batch": 256,
-            "lr": 1e-2,
-            "steps": 1200,
-        }
+        return {**common, "batch": 256, "lr": 1e-2, "steps": 1200}
     if data.kind == "digits":
         return {
+            **common,
             "preprocess": "whiten",
             "hidden": (128, 128),
             "activation": "softplus",
-            "rtol": 1e-3,
-            "atol": 1e-3,
             "batch": 128,
             "lr": 5e-3,
             "weight_decay": 0.1,
@@ -204,10 +202,10 @@ def _defaults(data: Dataset) -> dict[str, Any]:
     # A quarter of the rows, so that an epoch has some steps; a power of two for no deeper reason.
     quarter = 2 ** max(0, (data.training_rows // 4).bit_length() - 1)
     return {
-        "hidden": (64, 64, 64) if data.features <= 16 else (128, 128),
-        "divergence": "exact" if data.features <= 3 else "hutchinson",
+        **common,
+        "hidden": (64, 64) if data.features <= 16 else (128, 128),
         "batch": min(512, max(SMALLEST_BATCH, quarter)),
-        "lr": 3e-3,
+        "lr": 5e-3,
         "weight_decay": 0.1,
         "steps": 3000,
     }

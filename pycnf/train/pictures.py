@@ -285,7 +285,9 @@ def curves(rows: list[dict[str, Any]], data: Dataset) -> Figure:
     _zoom(left, [row["loss"] for row in rows])
     _title(left, "negative log-likelihood, nats a row")
     right.plot(steps, [row["nfe_forward"] for row in rows], color=DATA, lw=1.8, label="forward")
-    right.plot(steps, [row["nfe_backward"] for row in rows], color=MODEL, lw=1.8, label="backward")
+    backward = [row["nfe_backward"] for row in rows]
+    if any(backward):  # none where the forward solve's stages were kept
+        right.plot(steps, backward, color=MODEL, lw=1.8, label="backward")
     right.set_ylim(bottom=0)
     right.locator_params(axis="y", integer=True)
     _title(right, "function evaluations a solve")
