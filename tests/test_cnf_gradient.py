@@ -93,7 +93,11 @@ def test_backward_twice(keep):
     flow.keep_bytes = keep
     loss = flow.log_prob(x, seed=1).sum()
     first = torch.autograd.grad(loss, x, retain_graph=True)
+    assert (flow.stats.nfe_backward == 0) == (keep > 0)
+    before = flow.stats.nfe_backward
     assert_equal_gradients(torch.autograd.grad(loss, x), first)
+    # What was kept went with the first backward; the second computes every step again.
+    assert flow.stats.nfe_backward - before == 6 * flow.stats.accepted
 
 
 @pytest.mark.parametrize("gradient", ["continuous", "seminorm"])

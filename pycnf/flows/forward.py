@@ -193,7 +193,7 @@ def step_with_graph(
     h_graph = None
     if shifts is not None:
         start, end = shifts
-        moved_h = taped.h_slope[1] * end
+        moved_h = taped.h_slope[0] * start + taped.h_slope[1] * end
         moved_t = taped.t_slope[0] * start + taped.t_slope[1] * end
         times = times + moved_t + times.new_tensor(tableau.c[:used]) * moved_h
         h_graph = (taped.h + moved_h).to(z.dtype)

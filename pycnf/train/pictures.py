@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..data import LEVELS, SHAPE, Dataset, quantize
+from ..data import LEVELS, SHAPE, Dataset, bits_per_dim, quantize
 from ..flows import SolveError
 from . import metrics
 from .files import write_atomically
@@ -268,22 +268,24 @@ def curves(rows: list[dict[str, Any]], data: Dataset) -> Figure:
     """Loss and number of function evaluations over the run."""
     figure = _figure(10.4, 3.8)
     left, right = figure.subplots(1, 2)
-    steps = [row["step"] for row in rows]
-    left.plot(steps, [row["loss"] for row in rows], color=FAINT, lw=1, label="training")
     judged = [row for row in rows if "validation_nll" in row]
-    left.plot(
-        [row["step"] for row in judged],
-        [row["validation_nll"] for row in judged],
-        color=MODEL,
-        lw=1.8,
-        label="validation",
-    )
-    if judged:
-        best = min(judged, key=lambda row: row["validation_nll"])
-        where, value = best["step"], best["validation_nll"]
-        left.plot(where, value, "o", color=MODEL, ms=6, clip_on=False, label=f"best {value:.3f}")
-    _zoom(left, [row["loss"] for row in rows])
-    _title(left, "negative log-likelihood, nats a row")
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    tried, values = [row["step"] for row in judged], [row["validation_nll"] for row in judged]
+    unit = "negative log-likelihood, nats a row"
+    if data.kind == "digits":
+        unit = "bits per dimension"
+        losses, values = (
+            bits_per_dim(-torch.tensor(nll, dtype=torch.float64), data.features).tolist()
+            for nll in (losses, values)
+        )
+    left.plot(steps, losses, color=FAINT, lw=1, label="training")
+    if values:
+        left.plot(tried, values, color=MODEL, lw=1.8, label="validation")
+        best = min(values)
+        where = tried[values.index(best)]
+        left.plot(where, best, "o", color=MODEL, ms=6, clip_on=False, label=f"best {best:.3f}")
+    _zoom(left, losses, values)
+    _title(left, unit)
     right.plot(steps, [row["nfe_forward"] for row in rows], color=DATA, lw=1.8, label="forward")
     backward = [row["nfe_backward"] for row in rows]
     if any(backward):  # none where the forward solve's stages were kept
@@ -338,14 +340,16 @@ def _window(points: Tensor, square: bool) -> tuple[tuple[float, float], tuple[fl
     return (cx - half, cx + half), (cy - half, cy + half)
 
 
-def _zoom(ax: Axes, losses: list[float]) -> None:
-    """Cuts the steep beginning off, behind which the rest would be a flat line."""
+def _zoom(ax: Axes, losses: list[float], judged: list[float]) -> None:
+    """Cuts off the steep beginning, and a late rise of validation, which would flatten the rest."""
     values = torch.tensor(losses, dtype=torch.float64)
-    values = values[torch.isfinite(values)]
-    if len(values) < 10:
+    if len(values) < 10 or not torch.isfinite(values).all() or not judged:
         return
-    low, usual = values.min().item(), values[len(values) // 20 :].max().item()
-    ax.set_ylim(low - 0.08 * (usual - low), usual + 0.08 * (usual - low))
+    low = min(values.min().item(), min(judged))
+    high = values[len(values) // 20 :].max().item()
+    high = max(high, min(judged) + 0.3 * (high - low))
+    air = 0.08 * (high - low)
+    ax.set_ylim(low - air, high + air)
 
 
 def _short(name: str) -> str:
