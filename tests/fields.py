@@ -1,25 +1,11 @@
 """Vector fields of the flow tests."""
 
-from collections.abc import Iterator
-
-import pytest
 import torch
 from torch import Tensor, nn
 
 from pycnf.nn import MLP
 
 DOUBLE = torch.float64
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread in the modules that import this: their tensors are tiny, and threads that wait for
-    each other on a busy machine take a hundred times longer.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def mlp(features: int = 2, hidden: tuple[int, ...] = (8, 8), scale: float = 2.0, **options) -> MLP:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torchdiffeq
-from fields import DOUBLE, Attractor, Counted, mlp, one_thread, points  # noqa: F401
+from fields import DOUBLE, Attractor, Counted, mlp, points
 
 from pycnf.flows import CNF
 

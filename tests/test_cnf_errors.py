@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fields import DOUBLE, mlp, one_thread, points  # noqa: F401
+from fields import DOUBLE, mlp, points
 from torch import nn
 
 import pycnf.flows

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fields import DOUBLE, Attractor, Counted, mlp, one_thread, points  # noqa: F401
+from fields import DOUBLE, Attractor, Counted, mlp, points
 from torch import nn
 
 from pycnf.flows import CNF

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from fields import DOUBLE, Attractor, Counted, mlp, one_thread, points  # noqa: F401
+from fields import DOUBLE, Attractor, Counted, mlp, points
 from torch import nn
 
 from pycnf.flows import CNF, SolveStats, StandardNormal

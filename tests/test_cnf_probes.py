@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fields import mlp, one_thread, points  # noqa: F401
+from fields import mlp, points
 
 from pycnf._ops import probe_keys, probe_sample
 from pycnf.flows import CNF

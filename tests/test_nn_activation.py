@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from fields import one_thread  # noqa: F401
 from torch import nn
 
 from pycnf.nn.activation import ACTIVATIONS, get_activation

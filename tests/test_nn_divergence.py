@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from fields import one_thread  # noqa: F401
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from fields import one_thread  # noqa: F401
 
 from pycnf.nn.layers import LAYERS, LAYERS_OF_PLAIN_TIME, get_layer
 
@@ -20,7 +19,7 @@ def tau_of(t, fourier):
 
 
 def formula(layer, name, x, t, fourier, context):
-    """The layer's output for one sample at one time, from the table of DESIGN section 3."""
+    """The layer's output for one sample at one time, from the layers' formulas."""
     tau = torch.tensor(tau_of(t, fourier), dtype=x.dtype)
     p = dict(layer.named_parameters())
 

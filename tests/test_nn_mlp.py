@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from fields import one_thread  # noqa: F401
 
 from pycnf.nn import LAYERS, MLP
 from pycnf.nn.layers import LAYERS_OF_PLAIN_TIME as OF_PLAIN_TIME

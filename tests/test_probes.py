@@ -18,15 +18,6 @@ op_sample = torch.ops.pycnf.probe_sample
 op_keys = torch.ops.pycnf.probe_keys
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads wait for each other on a busy machine; they have a test of their own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def sample(keys, seed, probes, features, noise, dtype):
     return op_sample(keys, seed, probes, features, noise == "gaussian", dtype)
 

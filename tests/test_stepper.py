@@ -22,15 +22,6 @@ POINTS = [0.0, 0.1, 0.5, 0.83, 1.0]
 H = 0.23
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads wait for each other on a busy machine; they have a test of their own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def normal(*shape, dtype=F64, seed=0):
     generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
     return torch.randn(*shape, dtype=F64, generator=generator).to(dtype)

@@ -1,4 +1,4 @@
-"""Step-size policy of the flows: where steps begin and end (DESIGN section 1, "Two step policies").
+"""Step-size policy of the flows: where steps begin and end.
 
 Times and step sizes are Python floats, f64 whatever the state's dtype. A step h is signed: negative
 for a solve that goes backwards in time.

@@ -5,8 +5,8 @@ The K tangents travel with the value: rows [a; ȧ_1 … ȧ_K] go through one pro
     h = W a + c,   ḣ_k = W ȧ_k,   a' = φ(h),   ȧ'_k = φ'(h)∘ḣ_k,
 
 and the divergence is (1/K) Σ_k ε_k·ḣ_k of the last layer for probes ε_k, or, exactly, the trace
-over the D unit tangents. `_ValueAndDivergence` is the same with its reverse pass written by hand
-(DESIGN section 1): no graph of small operations is built, buffers are written in place, and
+over the D unit tangents. `_ValueAndDivergence` is the same with its reverse pass written by hand:
+no graph of small operations is built, buffers are written in place, and
 backwards, too, a weight meets value and tangents in one product.
 """
 
@@ -150,7 +150,7 @@ def _evaluate(
 
 
 class _ValueAndDivergence(torch.autograd.Function):
-    """Value and divergence with the reverse pass of DESIGN section 1 written by hand.
+    """Value and divergence with a reverse pass written by hand.
 
     A backward that is itself differentiated recomputes through `value_and_tangents` instead.
     """

@@ -1,0 +1,15 @@
+"""What holds for every test."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """The states of the tests are small, and on a busy machine a second thread costs far more than
+    it brings; tests of threading choose their own number.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
