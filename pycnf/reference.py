@@ -49,14 +49,20 @@ def _rms(x: Tensor) -> Tensor:
 def _largest_rms(scaled: Tensor, segments: Sequence[int]) -> Tensor:
     flat = scaled.reshape(-1)
     norms = [_rms(flat[a:b]) for a, b in zip(segments[::2], segments[1::2])]
-    return (
-        max(norms).double() if norms else torch.zeros((), dtype=torch.float64, device=flat.device)
-    )
+    return _float64(max(norms) if norms else flat.new_zeros(()))
+
+
+def _float64(x: Tensor) -> Tensor:
+    """A number in float64, on the CPU if x's device has no such dtype."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def _each(tolerance: Tensor, like: Tensor) -> Tensor:
     """A tolerance for each value of a state, in the state's shape; 0-dim ones stay as they are."""
-    return tolerance if tolerance.dim() == 0 else tolerance.reshape(like.shape)
+    if tolerance.dim() == 0:
+        return tolerance
+    each = tolerance.reshape(like.shape)
+    return each.to(like) if like.device.type == "mps" else each
 
 
 def rk_stage(
@@ -90,7 +96,7 @@ def rk_finish(
     scaled = estimate / (_each(atol, y0) + _each(rtol, y0) * size)
     if ratio is not None:
         ratio.copy_(scaled)
-    finite = torch.isfinite(y1).all().double()
+    finite = _float64(torch.isfinite(y1).all())
     return torch.stack([_largest_rms(scaled, segments), finite])
 
 

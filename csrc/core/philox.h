@@ -41,6 +41,15 @@ PYCNF_HD T rademacher(const Philox4& block, int feature_in_block) {
   return (word >> (feature_in_block % 32)) & 1u ? T(-1) : T(1);
 }
 
+// By the names of C, so that no inline overload of the standard library is compiled (and left as a
+// weak symbol, without optimization) for an instruction set that another machine lacks.
+PYCNF_HD float polar_radius(float u) { return sqrtf(-2.f * logf(u)); }
+PYCNF_HD double polar_radius(double u) { return ::sqrt(-2. * ::log(u)); }
+PYCNF_HD float cosine(float x) { return cosf(x); }
+PYCNF_HD double cosine(double x) { return ::cos(x); }
+PYCNF_HD float sine(float x) { return sinf(x); }
+PYCNF_HD double sine(double x) { return ::sin(x); }
+
 // Gaussian by Box and Muller (1958): words 0, 1 give the first two of a block's four values, words
 // 2, 3 the others.
 constexpr int kGaussianPerBlock = 4;
@@ -51,8 +60,7 @@ PYCNF_HD T gaussian(const Philox4& block, int feature_in_block) {
   const T scale = T(2.3283064365386963e-10);  // 2^-32
   const T u = (T(block.word[pair]) + T(0.5)) * scale;
   const T angle = T(6.283185307179586) * ((T(block.word[pair + 1]) + T(0.5)) * scale);
-  const T radius = sqrt(T(-2) * log(u));
-  return radius * (feature_in_block % 2 == 0 ? cos(angle) : sin(angle));
+  return polar_radius(u) * (feature_in_block % 2 == 0 ? cosine(angle) : sine(angle));
 }
 
 // Steps of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014) over the values' bits.

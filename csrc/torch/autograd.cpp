@@ -73,6 +73,8 @@ struct Combine : torch::autograd::Function<Combine> {
 
 at::Tensor rk_combine_autograd(const at::Tensor& y, at::TensorList k, at::ArrayRef<double> weights,
                                double h, const std::optional<at::Tensor>& h_graph) {
+  TORCH_CHECK(!h_graph.has_value() || h_graph->dim() == 0, "h_graph must be 0-dim, got ",
+              h_graph.has_value() ? h_graph->sizes() : at::IntArrayRef());
   // Gradients come in y's shape.
   std::vector<at::Tensor> rows = k.vec();
   for (auto& row : rows) {

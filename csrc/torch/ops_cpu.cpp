@@ -105,25 +105,11 @@ at::Tensor rk_initial_norms_cpu(const at::Tensor& y0, const at::Tensor& f0,
 
 at::Tensor rk_combine_cpu(const at::Tensor& y, at::TensorList k, at::ArrayRef<double> weights,
                           double h, const std::optional<at::Tensor>&) {
-  TORCH_CHECK(k.size() == weights.size() && k.size() <= size_t(kMaxStages) && !k.empty(),
-              "k and weights must have the same length, 1 to ", kMaxStages, "; got ", k.size(),
-              " and ", weights.size());
   const auto y0 = y.contiguous();
-  std::vector<at::Tensor> rows;
-  for (const auto& row : k) {
-    rows.push_back(row.contiguous());
-    check_like(rows.back(), y0, "k");
-  }
+  const auto rows = combine_rows(y0, k, weights);
   auto out = at::empty_like(y0);
   AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_combine", [&] {
-    StageParams<scalar_t> p = {};
-    p.y0 = y0.const_data_ptr<scalar_t>();
-    p.out = out.data_ptr<scalar_t>();
-    p.terms.count = int(rows.size());
-    for (int j = 0; j < p.terms.count; ++j) {
-      p.terms.rows[j] = rows[j].const_data_ptr<scalar_t>();
-      p.terms.weights[j] = scalar_t(weights[j]) * scalar_t(h);
-    }
+    const auto p = combine_params<scalar_t>(y0, rows, weights, h, out);
     const auto& table = cpu_kernels<scalar_t>();
     at::parallel_for(0, y0.numel(), kGrain,
                      [&](int64_t begin, int64_t end) { table.stage(p, begin, end); });

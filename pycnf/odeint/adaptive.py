@@ -72,7 +72,8 @@ def _tolerance(value: Any, dtype: torch.dtype, y0: Tensor) -> Tensor:
     if tolerance.dim() == 0 and y0.dim() > 0:
         return tolerance.cpu()
     shape = y0.shape if y0.dim() > 0 else (1,)
-    return tolerance.to(y0.device).expand(shape).contiguous()
+    home = "cpu" if y0.device.type == "mps" else y0.device  # MPS has no float64
+    return tolerance.to(home).expand(shape).contiguous()
 
 
 class AdaptiveSolver:
@@ -105,6 +106,8 @@ class AdaptiveSolver:
         warn_unused(name, unused)
         y0 = problem.y0
         self.problem, self.tableau, self.tape = problem, tableau, tape
+        if y0.device.type == "mps" and dtype == torch.float64:
+            dtype = torch.float32
         self.dtype = torch.promote_types(dtype, rounding.real_dtype(y0.dtype))
         self.round = rounding.rounding(self.dtype)
         self.round_state = rounding.rounding(rounding.real_dtype(y0.dtype))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, FAINT = "#22303c", "#8a97a3"
+INK, FAINT, LINE = "#22303c", "#8a97a3", "#e1e6eb"
 DATA, MODEL = "#2a6f97", "#d1495b"
 DENSITY = "magma"
 SHOWN = 5000  # points of a scatter plot
@@ -190,7 +190,10 @@ def pair_panel(columns: Sequence[str], real: Tensor, drawn: Tensor, name: str) -
         for column in range(n):
             ax = axes[row, column]
             if row == column:
-                for points, colour, label in ((real, DATA, "data"), (drawn, MODEL, "samples")):
+                for points, colour, label in (
+                    (real, DATA, "data (below)"),
+                    (drawn, MODEL, "samples (above)"),
+                ):
                     ax.hist(
                         points[:, row].numpy(),
                         bins=32,
@@ -225,10 +228,13 @@ def pair_panel(columns: Sequence[str], real: Tensor, drawn: Tensor, name: str) -
             if column == 0:
                 ax.set_ylabel(_short(columns[row]), color=INK, fontsize=9)
             ax.locator_params(nbins=3)
+            ax.tick_params(colors=FAINT, labelsize=8, length=0)
+            for spine in ax.spines.values():
+                spine.set_color(LINE)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper right", frameon=False, labelcolor=INK, ncols=2)
-    some = f", {n} of {len(columns)} columns" if len(columns) > n else ""
-    figure.suptitle(f"{name}{some}", color=INK, fontsize=13, fontweight="bold")
+    some = f" (first {n} of {len(columns)} columns)" if len(columns) > n else ""
+    figure.suptitle(f"{name}{some}", x=0.02, ha="left", color=INK, fontsize=13, fontweight="bold")
     return figure
 
 
@@ -296,7 +302,7 @@ def curves(rows: list[dict[str, Any]], data: Dataset) -> Figure:
     for ax in (left, right):
         ax.set_xlabel("step", color=INK)
         ax.set_xlim(0, steps[-1])
-        ax.grid(axis="y", color="#e6eaee", lw=0.8)
+        ax.grid(axis="y", color=LINE, lw=0.8)
         ax.set_axisbelow(True)
         ax.legend(frameon=False, labelcolor=INK)
     figure.suptitle(data.name, color=INK, fontsize=13, fontweight="bold")
