@@ -1,5 +1,4 @@
-"""Solver overhead: a trivial vector field, so that what is timed is the solver. Per attempted step.
-"""
+"""Solver overhead per attempted step: the vector field is trivial, so what is timed is the solver."""
 
 from __future__ import annotations
 

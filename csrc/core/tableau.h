@@ -31,7 +31,11 @@ namespace tableaux {
 
 // Dormand & Prince (1980), RK5(4)7M; mid-point weights from Shampine (1986).
 constexpr Tableau kDopri5 = {
-    "dopri5", 5, 7, true, true,
+    "dopri5",
+    5,
+    7,
+    true,
+    true,
     {0., 1. / 5, 3. / 10, 4. / 5, 8. / 9, 1., 1.},
     {{},
      {1. / 5},
@@ -50,7 +54,11 @@ constexpr Tableau kDopri5 = {
 // Prince & Dormand (1981), RK8(7)13M with a fourteenth, first-same-as-last stage. The mid-point
 // weights are the continuous extension's, evaluated at one half.
 constexpr Tableau kDopri8 = {
-    "dopri8", 8, 14, true, true,
+    "dopri8",
+    8,
+    14,
+    true,
+    true,
     {0., 1. / 18., 1. / 12., 1. / 8., 5. / 16., 3. / 8., 59. / 400., 93. / 200.,
      5490023248. / 9719169821., 13. / 20., 1201146811. / 1299019798., 1., 1., 1.},
     {{},
@@ -100,7 +108,11 @@ constexpr Tableau kDopri8 = {
 // method as it stands is of order 4, and its last stage is f(t1, .) at the fifth-order point, not
 // at y1.
 constexpr Tableau kTsit5 = {
-    "tsit5", 5, 7, true, false,
+    "tsit5",
+    5,
+    7,
+    true,
+    false,
     {0., 0.161, 0.327, 0.9, 0.9800255409045097, 1., 1.},
     {{},
      {0.161},
@@ -113,59 +125,74 @@ constexpr Tableau kTsit5 = {
       2.324710524099774}},
     {0.09468075576583945, 0.009183565540343254, 0.4877705284247616, 1.234297566930479,
      -2.7077123499835256, 1.866628418170587, 0.015151515151515152},
-    {-0.0017800110522257714, -0.0008164344596567469, 0.007880878010261995,
-     -0.1447110071732629, 0.5823571654525552, -0.45808210592918697, 0.015151515151515152},
-    {0.10741235230100377, 0.01135625, 0.39560903056045305, -0.34475214352593553,
-     1.3161853649581645, -1.0170608542936508, 0.031249999999999993}};
+    {-0.0017800110522257714, -0.0008164344596567469, 0.007880878010261995, -0.1447110071732629,
+     0.5823571654525552, -0.45808210592918697, 0.015151515151515152},
+    {0.10741235230100377, 0.01135625, 0.39560903056045305, -0.34475214352593553, 1.3161853649581645,
+     -1.0170608542936508, 0.031249999999999993}};
 
 // Bogacki & Shampine (1989), 3(2).
-constexpr Tableau kBosh3 = {
-    "bosh3", 3, 4, true, true,
-    {0., 1. / 2, 3. / 4, 1.},
-    {{}, {1. / 2}, {0., 3. / 4}, {2. / 9, 1. / 3, 4. / 9}},
-    {2. / 9, 1. / 3, 4. / 9, 0.},
-    {2. / 9 - 7. / 24, 1. / 3 - 1. / 4, 4. / 9 - 1. / 3, -1. / 8},
-    {0., 0.5, 0., 0.}};
+constexpr Tableau kBosh3 = {"bosh3",
+                            3,
+                            4,
+                            true,
+                            true,
+                            {0., 1. / 2, 3. / 4, 1.},
+                            {{}, {1. / 2}, {0., 3. / 4}, {2. / 9, 1. / 3, 4. / 9}},
+                            {2. / 9, 1. / 3, 4. / 9, 0.},
+                            {2. / 9 - 7. / 24, 1. / 3 - 1. / 4, 4. / 9 - 1. / 3, -1. / 8},
+                            {0., 0.5, 0., 0.}};
 
 // Fehlberg (1969), RK1(2).
-constexpr Tableau kFehlberg2 = {
-    "fehlberg2", 2, 3, true, false,
-    {0., 1. / 2, 1.},
-    {{}, {1. / 2}, {1. / 256, 255. / 256}},
-    {1. / 512, 255. / 256, 1. / 512},
-    {-1. / 512, 0., 1. / 512},
-    {0., 0.5, 0.}};
+constexpr Tableau kFehlberg2 = {"fehlberg2",
+                                2,
+                                3,
+                                true,
+                                false,
+                                {0., 1. / 2, 1.},
+                                {{}, {1. / 2}, {1. / 256, 255. / 256}},
+                                {1. / 512, 255. / 256, 1. / 512},
+                                {-1. / 512, 0., 1. / 512},
+                                {0., 0.5, 0.}};
 
 // Heun (1900) with Euler embedded.
-constexpr Tableau kAdaptiveHeun = {
-    "adaptive_heun", 2, 2, true, false, {0., 1.}, {{}, {1.}}, {0.5, 0.5}, {0.5, -0.5}, {0.5, 0.}};
+constexpr Tableau kAdaptiveHeun = {"adaptive_heun", 2,          2,          true,        false,
+                                   {0., 1.},        {{}, {1.}}, {0.5, 0.5}, {0.5, -0.5}, {0.5, 0.}};
 
 constexpr Tableau kEuler = {"euler", 1, 1, false, false, {0.}, {{}}, {1.}, {}, {}};
 
-constexpr Tableau kMidpoint = {
-    "midpoint", 2, 2, false, false, {0., 0.5}, {{}, {0.5}}, {0., 1.}, {}, {}};
+constexpr Tableau kMidpoint = {"midpoint", 2,           2,        false, false,
+                               {0., 0.5},  {{}, {0.5}}, {0., 1.}, {},    {}};
 
-constexpr Tableau kHeun2 = {
-    "heun2", 2, 2, false, false, {0., 1.}, {{}, {1.}}, {0.5, 0.5}, {}, {}};
+constexpr Tableau kHeun2 = {"heun2", 2, 2, false, false, {0., 1.}, {{}, {1.}}, {0.5, 0.5}, {}, {}};
 
-constexpr Tableau kHeun3 = {
-    "heun3", 3, 3, false, false,
-    {0., 1. / 3, 2. / 3},
-    {{}, {1. / 3}, {0., 2. / 3}},
-    {1. / 4, 0., 3. / 4}, {}, {}};
+constexpr Tableau kHeun3 = {"heun3",
+                            3,
+                            3,
+                            false,
+                            false,
+                            {0., 1. / 3, 2. / 3},
+                            {{}, {1. / 3}, {0., 2. / 3}},
+                            {1. / 4, 0., 3. / 4},
+                            {},
+                            {}};
 
 // Kutta's 3/8 rule (1901).
-constexpr Tableau kRk4 = {
-    "rk4", 4, 4, false, false,
-    {0., 1. / 3, 2. / 3, 1.},
-    {{}, {1. / 3}, {-1. / 3, 1.}, {1., -1., 1.}},
-    {1. / 8, 3. / 8, 3. / 8, 1. / 8}, {}, {}};
+constexpr Tableau kRk4 = {"rk4",
+                          4,
+                          4,
+                          false,
+                          false,
+                          {0., 1. / 3, 2. / 3, 1.},
+                          {{}, {1. / 3}, {-1. / 3, 1.}, {1., -1., 1.}},
+                          {1. / 8, 3. / 8, 3. / 8, 1. / 8},
+                          {},
+                          {}};
 
 }  // namespace tableaux
 
 constexpr const Tableau* kTableaux[] = {
-    &tableaux::kDopri8, &tableaux::kDopri5,       &tableaux::kTsit5,    &tableaux::kBosh3,
+    &tableaux::kDopri8,    &tableaux::kDopri5,       &tableaux::kTsit5, &tableaux::kBosh3,
     &tableaux::kFehlberg2, &tableaux::kAdaptiveHeun, &tableaux::kEuler, &tableaux::kMidpoint,
-    &tableaux::kHeun2,  &tableaux::kHeun3,        &tableaux::kRk4};
+    &tableaux::kHeun2,     &tableaux::kHeun3,        &tableaux::kRk4};
 
 }  // namespace pycnf

@@ -110,7 +110,8 @@ double sum_lanes(const double* lanes) {
 
 // The scaled error of `value` over a block, with |y| (or max(|y0|, |y1|)) in `size`.
 template <typename T>
-void scale_block(const Tolerance<T>& tolerance, const T* size, int64_t begin, int length, T* value) {
+void scale_block(const Tolerance<T>& tolerance, const T* size, int64_t begin, int length,
+                 T* value) {
   if (tolerance.rtol_each == nullptr && tolerance.atol_each == nullptr) {
     const T rtol = tolerance.rtol, atol = tolerance.atol;
     for (int i = 0; i < length; ++i) value[i] = value[i] / (atol + rtol * size[i]);

@@ -18,11 +18,10 @@ inline void check_state(const at::Tensor& y, const char* name) {
 
 inline void check_like(const at::Tensor& x, const at::Tensor& y0, const char* name) {
   check_state(x, name);
-  TORCH_CHECK(x.scalar_type() == y0.scalar_type() && x.device() == y0.device() &&
-                  x.numel() == y0.numel(),
-              name, " must have the ", y0.numel(), " values, dtype and device of y0 (",
-              y0.scalar_type(), ", ", y0.device(), "), got ", x.numel(), " values, ",
-              x.scalar_type(), ", ", x.device());
+  TORCH_CHECK(
+      x.scalar_type() == y0.scalar_type() && x.device() == y0.device() && x.numel() == y0.numel(),
+      name, " must have the ", y0.numel(), " values, dtype and device of y0 (", y0.scalar_type(),
+      ", ", y0.device(), "), got ", x.numel(), " values, ", x.scalar_type(), ", ", x.device());
 }
 
 // The rows of one step.
@@ -32,10 +31,9 @@ struct Rows {
 
   Rows(const at::Tensor& k, const at::Tensor& y0, bool flip) : k(k), flip(flip) {
     check_state(k, "k");
-    TORCH_CHECK(k.dim() == 2 && k.size(1) == y0.numel() && k.size(0) >= 1 &&
-                    k.size(0) <= kMaxStages,
-                "k must be [stages, ", y0.numel(), "] with 1 to ", kMaxStages, " stages, got ",
-                k.sizes());
+    TORCH_CHECK(
+        k.dim() == 2 && k.size(1) == y0.numel() && k.size(0) >= 1 && k.size(0) <= kMaxStages,
+        "k must be [stages, ", y0.numel(), "] with 1 to ", kMaxStages, " stages, got ", k.sizes());
     TORCH_CHECK(k.scalar_type() == y0.scalar_type() && k.device() == y0.device(),
                 "k must have y0's dtype and device");
   }
@@ -204,8 +202,8 @@ InterpolateParams<T> interpolate_params(const at::Tensor& y0, const at::Tensor& 
   return p;
 }
 
-inline void check_interpolate(const at::Tensor& y0, const at::Tensor& y1,
-                              at::ArrayRef<double> x, const at::Tensor& out) {
+inline void check_interpolate(const at::Tensor& y0, const at::Tensor& y1, at::ArrayRef<double> x,
+                              const at::Tensor& out) {
   check_state(y0, "y0");
   check_like(y1, y0, "y1");
   check_state(out, "out");
@@ -218,8 +216,8 @@ inline void check_interpolate(const at::Tensor& y0, const at::Tensor& y1,
 inline void check_keys(const at::Tensor& keys, int64_t probes, int64_t features) {
   TORCH_CHECK(keys.dim() == 1 && keys.scalar_type() == at::kLong, "keys must be int64 [B], got ",
               keys.scalar_type(), " ", keys.sizes());
-  TORCH_CHECK(probes >= 0 && features >= 0, "probes and features must not be negative, got ", probes,
-              " and ", features);
+  TORCH_CHECK(probes >= 0 && features >= 0, "probes and features must not be negative, got ",
+              probes, " and ", features);
 }
 
 // A run of elements that belongs to one segment, or to none (-1).

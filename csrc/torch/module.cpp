@@ -58,11 +58,10 @@ at::Tensor rk_finish(const at::Tensor& y0, const at::Tensor& k, bool flip, const
                      const at::Tensor& y1, const Numbers& solution, const Numbers& error, double h,
                      const at::Tensor& rtol, const at::Tensor& atol,
                      const std::vector<int64_t>& segments, const MaybeTensor& ratio) {
-  static const auto op =
-      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, bool, at::TensorList,
-                         const at::Tensor&, at::ArrayRef<double>, at::ArrayRef<double>, double,
-                         const at::Tensor&, const at::Tensor&, at::IntArrayRef,
-                         const MaybeTensor&)>("pycnf::rk_finish");
+  static const auto op = find_op<at::Tensor(
+      const at::Tensor&, const at::Tensor&, bool, at::TensorList, const at::Tensor&,
+      at::ArrayRef<double>, at::ArrayRef<double>, double, const at::Tensor&, const at::Tensor&,
+      at::IntArrayRef, const MaybeTensor&)>("pycnf::rk_finish");
   return op.call(y0, k, flip, fresh, y1, solution, error, h, rtol, atol, segments, ratio);
 }
 

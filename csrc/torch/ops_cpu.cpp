@@ -49,10 +49,10 @@ at::Tensor rk_stage_cpu(const at::Tensor& y0, const at::Tensor& k, bool flip, at
   return out;
 }
 
-at::Tensor rk_finish_cpu(const at::Tensor& y0, const at::Tensor& k, bool flip,
-                         at::TensorList fresh, const at::Tensor& y1,
-                         at::ArrayRef<double> solution, at::ArrayRef<double> error, double h,
-                         const at::Tensor& rtol, const at::Tensor& atol, at::IntArrayRef segments,
+at::Tensor rk_finish_cpu(const at::Tensor& y0, const at::Tensor& k, bool flip, at::TensorList fresh,
+                         const at::Tensor& y1, at::ArrayRef<double> solution,
+                         at::ArrayRef<double> error, double h, const at::Tensor& rtol,
+                         const at::Tensor& atol, at::IntArrayRef segments,
                          const std::optional<at::Tensor>& ratio) {
   check_state(y0, "y0");
   check_like(y1, y0, "y1");
@@ -61,7 +61,8 @@ at::Tensor rk_finish_cpu(const at::Tensor& y0, const at::Tensor& k, bool flip,
   const auto ranges = norm_ranges(segments, y0.numel(), kNormChunk);
   std::vector<NormPartial> partials;
   AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_finish", [&] {
-    const auto p = finish_params<scalar_t>(y0, rows, fresh, y1, solution, error, h, rtol, atol, ratio);
+    const auto p =
+        finish_params<scalar_t>(y0, rows, fresh, y1, solution, error, h, rtol, atol, ratio);
     const auto& table = cpu_kernels<scalar_t>();
     partials = norm_partials(
         ranges, [&](int64_t begin, int64_t end) { return table.finish(p, begin, end); });
@@ -157,8 +158,13 @@ at::Tensor probe_sample_cpu(const at::Tensor& keys, int64_t seed, int64_t probes
   const int64_t batch = keys.numel();
   auto out = at::empty({probes, batch, features}, keys.options().dtype(dtype));
   AT_DISPATCH_FLOATING_TYPES(dtype, "probe_sample", [&] {
-    const ProbeParams<scalar_t> p = {contiguous.const_data_ptr<int64_t>(), uint64_t(seed), probes,
-                                     batch, features, gaussian, out.data_ptr<scalar_t>()};
+    const ProbeParams<scalar_t> p = {contiguous.const_data_ptr<int64_t>(),
+                                     uint64_t(seed),
+                                     probes,
+                                     batch,
+                                     features,
+                                     gaussian,
+                                     out.data_ptr<scalar_t>()};
     const auto& table = cpu_kernels<scalar_t>();
     const int64_t each = std::max<int64_t>(1, probes * features);
     at::parallel_for(0, batch, std::max<int64_t>(1, kGrain / 4 / each),
