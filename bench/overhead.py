@@ -1,4 +1,4 @@
-"""Solver overhead per attempted step: the vector field is trivial, so what is timed is the solver."""
+"""Solver overhead per attempted step: the vector field is trivial, what is timed is the solver."""
 
 from __future__ import annotations
 
