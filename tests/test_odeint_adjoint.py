@@ -201,7 +201,7 @@ STOPS = {
 
 
 @pytest.mark.parametrize("stops", STOPS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["tuple", "reversed"])
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_backpropagation_with_prescribed_times(method, kind, stops):
     """A step clipped to a prescribed time has a size that depends on where it starts."""
@@ -542,7 +542,7 @@ ADJOINT_ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["tensor", "reversed"])
 @pytest.mark.parametrize("arguments", ADJOINT_ARGUMENTS.values(), ids=ADJOINT_ARGUMENTS)
 def test_adjoint_arguments(arguments, kind):
     """Prescribed times are misplaced for descending t, as in torchdiffeq: only the counts tell."""
@@ -1014,7 +1014,7 @@ def test_discrete_equals_backpropagation_fixed_options(method, kind, options):
 
 
 @pytest.mark.parametrize("stops", STOPS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["tuple", "reversed"])
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_discrete_with_prescribed_times(method, kind, stops):
     """Across a jump the derivative is taken anew; a clipped step depends on its start time."""
