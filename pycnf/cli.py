@@ -160,7 +160,12 @@ def _train_parser() -> _Parser:
     add("--patience", type=_whole, metavar="N", help="validations without progress; 0: no limit")
     add("--evaluate-every", type=_whole, metavar="N", help="steps between validations")
     add("--seed", type=_whole, metavar="N", help="of everything random (0)")
-    add("--threads", type=_whole, metavar="N", help="CPU threads (PyTorch's choice)")
+    add(
+        "--threads",
+        type=_whole,
+        metavar="N",
+        help="CPU threads (1; PyTorch's choice for large batches of wide nets)",
+    )
     add("--quiet", action="store_true", help="print nothing but warnings and errors")
 
     add = _adder(parser, "the data")

@@ -52,7 +52,7 @@ def start(given: Mapping[str, Any], out: Path | None, quiet: bool) -> int:
     # Checks all values before any file is read; the defaults that depend on the data come after.
     first = Config(**{k: v for k, v in given.items() if k != "epochs"})
     data = load(first.source, **{k: getattr(first, k) for k in SPLIT})
-    config = choose(data, {"threads": torch.get_num_threads(), **given})
+    config = choose(data, given)
     torch.set_num_threads(config.threads)
     model = fitted(config, data)
     folder = create(out, data.name)
