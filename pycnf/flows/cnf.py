@@ -5,6 +5,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -103,8 +104,14 @@ class CNF(nn.Module):
         regularizers: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
-        if not callable(field):
-            raise TypeError(f"field: got {type(field).__name__}, expected a callable f(t, z)")
+        if not callable(field) or isinstance(field, type):
+            what = f"the class {field.__name__}" if isinstance(field, type) else repr(field)
+            raise TypeError(f"field: got {what}, expected a callable f(t, z)")
+        for name, value in (("options", options), ("regularizers", regularizers)):
+            if not isinstance(value, Mapping | None):
+                raise TypeError(f"{name}: got {value!r}, expected a dict or None")
+        if base is not None and not (hasattr(base, "log_prob") and hasattr(base, "sample")):
+            raise TypeError(f"base: got {base!r}, expected a distribution: log_prob and sample")
         self.field = field
         self.divergence = divergence
         self.noise = noise
@@ -294,6 +301,8 @@ class CNF(nn.Module):
             if not isinstance(time, nn.Parameter):
                 self.register_buffer(name, time, persistent=False)
                 return
+        elif not isinstance(time, Real):
+            raise TypeError(f"{name}: got {time!r}, expected a number or a 0-dim tensor")
         setattr(self, name, time)
 
     def _check(self) -> None:
@@ -311,9 +320,9 @@ class CNF(nn.Module):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1")
         for name in ("rtol", "atol"):
-            value = float(getattr(self, name))
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}: got {value}, expected a number of at least 0")
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}: got {value!r}, expected a number of at least 0")
         if float(self.rtol) == float(self.atol) == 0:
             raise ValueError("rtol, atol: got 0 for both, expected one above 0")
         t0, t1 = _value(self.t0), _value(self.t1)
@@ -324,8 +333,8 @@ class CNF(nn.Module):
                 raise ValueError(
                     f"regularizers: got {name!r}, expected any of {', '.join(REGULARIZERS)}"
                 )
-            if not math.isfinite(weight):
-                raise ValueError(f"regularizers: got {weight} for {name!r}, expected a weight")
+            if not isinstance(weight, Real) or not math.isfinite(weight):
+                raise ValueError(f"regularizers: got {weight!r} for {name!r}, expected a weight")
         if self.engine == "fused":
             raise ValueError(f"engine: got 'fused', but {why_not_fused(self.field)}")
         self._control()
@@ -473,6 +482,8 @@ class CNF(nn.Module):
                 raise ValueError("probe: got seed or keys as well, expected one or the other")
             if self.divergence == "exact":
                 raise ValueError("probe: got probes, expected None with divergence='exact'")
+            if not isinstance(probe, Tensor):
+                raise TypeError(f"probe: got {type(probe).__name__}, expected a tensor [K, B, D]")
             if probe.dim() != 3 or probe.shape[1:] != x.shape or probe.shape[0] == 0:
                 raise ValueError(
                     f"probe: got shape {tuple(probe.shape)}, expected [K, {x.shape[0]}, "
@@ -487,6 +498,8 @@ class CNF(nn.Module):
             return None
         if keys is None:
             keys = probe_keys(x.detach())
+        elif not isinstance(keys, Tensor):
+            raise TypeError(f"keys: got {type(keys).__name__}, expected an int64 tensor [B]")
         elif keys.shape != x.shape[:1] or keys.dtype != torch.int64:
             raise ValueError(
                 f"keys: got {keys.dtype} of shape {tuple(keys.shape)}, expected int64 "
@@ -495,6 +508,8 @@ class CNF(nn.Module):
         if seed is None:
             # From the CPU generator whatever the device: no synchronization.
             seed = int(torch.empty((), dtype=torch.int64).random_())
+        elif isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed: got {seed!r}, expected a whole number of at most 64 bits")
         return probe_sample(keys, seed, self.probes, x.shape[1], noise=self.noise, dtype=x.dtype)
 
     # ---- base distribution -----------------------------------------------------------------------
@@ -510,7 +525,7 @@ class CNF(nn.Module):
 
     def _base_sample(self, n: int) -> Tensor:
         if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise ValueError(f"n: got {n!r}, expected a number of samples")
+            raise ValueError(f"n: got {n!r}, expected a whole number of at least 0")
         differentiable = torch.is_grad_enabled() and getattr(self.base, "has_rsample", False)
         try:
             z = (self.base.rsample if differentiable else self.base.sample)((n,))

@@ -85,6 +85,8 @@ class Dynamics:
             parts = function(field, t, z, probe, context)
         else:
             parts = (field(t, z) if context is None else field(t, z, context),)
+        if not isinstance(parts[0], Tensor):
+            raise TypeError(f"field: returned {type(parts[0]).__name__}, expected a tensor like z")
         if parts[0].shape != z.shape:
             raise ValueError(
                 f"field: returned shape {tuple(parts[0].shape)}, expected z's {tuple(z.shape)}"

@@ -18,6 +18,10 @@ from torch import Size, Tensor
 
 from pycnf.odeint.norms import MixedNorm, RmsNorm, flat_to_shapes, segments_of
 
+NOT_YET = (
+    *("explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver", "implicit_euler"),
+    *("implicit_midpoint", "trapezoid", "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2"),
+)
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
@@ -52,6 +56,8 @@ class Problem:
         """The field at (t, y), as it came: one tensor, or the parts of a tuple."""
         if self.shapes is None:
             f = self.func(t, y)
+            if not isinstance(f, Tensor):
+                raise TypeError(f"func must return a tensor like its state, got {type(f).__name__}")
             if f.shape != y.shape and not (f.numel() == y.numel() == 1):
                 raise ValueError(
                     f"func must return the shape of its state, {tuple(y.shape)}, "
@@ -128,7 +134,8 @@ def make_problem(
     method = "dopri5" if method is None else method
     if method not in solvers:
         names = '{"' + '", "'.join(solvers) + '"}'
-        raise ValueError(f'Invalid method "{method}". Must be one of {names}.')
+        later = f' "{method}" is not in pycnf yet.' if method in NOT_YET else ""
+        raise ValueError(f'Invalid method "{method}". Must be one of {names}.{later}')
     norm = options.pop("norm", norm)
     _check_times(t)
     sign = -1 if len(t) > 1 and t[0] > t[1] else 1

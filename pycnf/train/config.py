@@ -55,7 +55,7 @@ class Config:
         steps: optimizer steps.
         evaluate_every: steps between validations.
         patience: validations without improvement after which training stops; 0 never stops.
-        threads: CPU threads.
+        threads: CPU threads; by default 1, from THREADED_WORK on as many as PyTorch takes.
     """
 
     source: str
