@@ -156,6 +156,8 @@ def _value_and_products(
         if not (differentiable and z.requires_grad):
             z = z.detach().requires_grad_()
         value = field(t, z) if context is None else field(t, z, context)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"field: returned {type(value).__name__}, expected a tensor like z")
         if value.shape != z.shape:
             raise ValueError(
                 f"field: returned shape {tuple(value.shape)}, expected z's {tuple(z.shape)}"
