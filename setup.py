@@ -126,4 +126,10 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--install", str(build), "--prefix", str(target)], check=True)
 
 
-setup(ext_modules=[Extension("pycnf._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("pycnf._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    # An editable install as a path: with setuptools' finder, which comes last, a program run beside
+    # the clone would take the clone's own folder, named pycnf too, for the package.
+    options={"editable_wheel": {"mode": "compat"}},
+)

@@ -21,7 +21,7 @@ OVERVIEW = f"""\
 Trains continuous normalizing flows: give it points, and it learns a density that you
 can draw samples from and evaluate.
 
-  {PROGRAM} train 8gaussians      train on a toy density and see pictures (2 minutes)
+  {PROGRAM} train 8gaussians      train on a toy density and see pictures (a minute or two)
   {PROGRAM} train digits          train on 8x8 images of handwritten digits
   {PROGRAM} train data.csv        train on your own table: .csv, .npy or .pt
   {PROGRAM} sample runs/data-1    draw new rows from the trained flow
@@ -120,6 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, say) has had enough
         sys.stderr.close()
         return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        name = str(error.filename)
+        shown = name if len(name) <= 60 else name[:57] + "..."
+        print(f"error: {shown}: {error.strerror}.", file=sys.stderr)
+        return 2
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -188,7 +195,7 @@ def _train_parser() -> _Parser:
     add("--atol", type=_number, metavar="TOL", help="absolute tolerance")
     add("--step-size", type=_number, metavar="H", help="of fixed-step methods (0.1)")
     add("--divergence", metavar="HOW", help="hutchinson (an estimate) or exact")
-    add("--probes", type=_whole, metavar="K", help="Hutchinson probes (1)")
+    add("--probes", type=_whole, metavar="K", help="Hutchinson probes, instead of exact")
     add("--gradient", metavar="HOW", help="discrete, continuous, seminorm or autograd")
 
     add = _adder(parser, "the optimizer (AdamW)")
@@ -351,7 +358,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _widths(text: str) -> tuple[int, ...]:
-    return tuple(_whole(word) for word in text.replace("-", ",").split(","))
+    return tuple(_whole(word) for word in text.split("," if "," in text else "-"))
 
 
 def _which(text: str) -> str:

@@ -249,6 +249,27 @@ def test_resume_finishes_trains_on_and_refuses_other_choices(capsys, wine):
     assert main(["sample", "run", "-n", "3"]) == 0  # needs no data
 
 
+def test_what_cannot_fit_or_cannot_be_a_name_is_refused(capsys, wine):
+    assert "--threads must be at most" in refused(capsys, "train", "moons", "--threads", "100000")
+    assert "--seed must be at most" in refused(capsys, "train", "moons", "--seed", "9" * 30)
+    assert "this machine has" in refused(capsys, "train", "moons", "--hidden", "100000000")
+    assert "too long" in refused(capsys, "train", "moons", "--out", "a" * 300)
+    assert "new folder" in refused(capsys, "train", "moons", "--out", "")
+    assert "did you mean wine.csv?" in refused(capsys, "train", "wine.cvs")
+    assert "--probes is for" in refused(
+        capsys, "train", "moons", "--probes", "2", "--divergence", "exact"
+    )
+    assert "'-8' is not" not in refused(capsys, "train", "moons", "--hidden", "8,-8")
+    main(["train", "wine.csv", "--drop", "kind", "--out", "run", *TINY, "--quiet"])
+    assert "this machine has" in refused(capsys, "sample", "run", "-n", "9" * 17)
+    assert "run/best.pt is a file" in refused(capsys, "sample", "run/best.pt")
+    content = torch.load("run/best.pt", weights_only=True)
+    torch.save({**content, "config": {**content["config"], "newer": 1}}, "run/best.pt")
+    assert "newer, which this pycnf does not know" in refused(capsys, "sample", "run")
+    torch.save({**content, "flow": {}}, "run/best.pt")
+    assert "its flow does not fit" in refused(capsys, "sample", "run")
+
+
 def test_damaged_and_foreign_checkpoints(capsys, wine):
     main(["train", "wine.csv", "--drop", "kind", "--out", "run", *TINY, "--quiet"])
     content = torch.load("run/best.pt", weights_only=True)

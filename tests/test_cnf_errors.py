@@ -1,5 +1,7 @@
 """Bad input is one clear error; a solve that cannot go on says where, and never hangs."""
 
+import math
+
 import pytest
 import torch
 from fields import DOUBLE, mlp, points
@@ -13,7 +15,7 @@ from pycnf.nn import MLP
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
-        ({"field": 3}, TypeError, "field: got int, expected a callable"),
+        ({"field": 3}, TypeError, "field: got 3, expected a callable"),
         ({"divergence": "hutchinsons"}, ValueError, "divergence: got 'hutchinsons'.*mean 'hutch"),
         ({"noise": "uniform"}, ValueError, "noise: got 'uniform', expected one of rademacher, g"),
         ({"probes": 0}, ValueError, "probes: got 0"),
@@ -198,3 +200,13 @@ def test_adjoints_report_too():
     value.backward(retain_graph=True)
     with pytest.raises(SolveError, match=r"max_num_steps \(20\) exceeded .* sample \d"):
         (1e9 * value).backward()
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_a_field_that_takes_times_for_features_is_found_out(batch):
+    flow = CNF(lambda t, z: t * z, divergence="exact", steps="per-sample")
+    with pytest.raises(ValueError, match=r"a time per sample, t \[B\]"):
+        flow.log_prob(torch.randn(batch, 2, dtype=DOUBLE))
+    flow = CNF(lambda t, z: t.reshape(-1, 1) * z, divergence="exact", steps="per-sample")
+    x = torch.randn(batch, 2, dtype=DOUBLE)
+    torch.testing.assert_close(flow(x)[0], x * math.exp(-0.5), rtol=1e-4, atol=1e-5)

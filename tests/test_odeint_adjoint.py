@@ -1363,3 +1363,13 @@ def test_nothing_leaks(kind, gradient):
         assert storage.expired()
     finally:
         gc.enable()
+
+
+def test_a_discrete_gradient_says_that_it_uses_no_adjoint_arguments():
+    func, t = torch.nn.Linear(2, 2), torch.tensor([0.0, 1.0])
+    field = torch.nn.Sequential(func)
+    field.forward = lambda t, y: func(y)
+    with pytest.warns(UserWarning, match="adjoint_rtol, adjoint_method not used"):
+        pycnf.odeint_adjoint(
+            field, torch.ones(1, 2), t, gradient="discrete", adjoint_rtol=1e-3, adjoint_method="rk4"
+        )

@@ -11,7 +11,12 @@ from pycnf.train.metrics import MetricsFile, read
 
 
 def test_a_checkpoint_comes_back(tmp_path):
-    content = {"step": 3, "flow": {"weight": torch.arange(4.0)}, "training": {"sums": [0.1, 2]}}
+    content = {
+        **dict.fromkeys(checkpoint.PARTS),
+        "step": 3,
+        "flow": {"weight": torch.arange(4.0)},
+        "training": {"sums": [0.1, 2]},
+    }
     checkpoint.save(tmp_path / "last.pt", content)
     back = checkpoint.load(tmp_path / "last.pt")
     assert torch.equal(back["flow"]["weight"], content["flow"]["weight"])
@@ -42,6 +47,12 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, spoil):
     spoil(path)
     with pytest.raises(InputError, match=r"last\.pt is (damaged, or is )?no checkpoint of pycnf"):
         checkpoint.load(path)
+
+
+def test_a_checkpoint_without_its_parts_is_damaged(tmp_path):
+    checkpoint.save(tmp_path / "last.pt", {"step": 0, "config": {}, "data": {}})
+    with pytest.raises(InputError, match="it has no preprocess, baseline, flow"):
+        checkpoint.load(tmp_path / "last.pt")
 
 
 class Payload:

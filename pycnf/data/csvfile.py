@@ -38,8 +38,7 @@ def read_csv(path: Path) -> tuple[list[str], Callable[[Sequence[int]], np.ndarra
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     if "\0" in text:
         raise InputError(f"{path} holds binary data, not text; save it as CSV.")
-    # numpy.savetxt writes its header as a comment.
-    text = text.removeprefix("#").lstrip(" ") if text.startswith("#") else text
+    text = _without_comments(text)
     sample = [line for line in text.splitlines()[:40] if line.strip()]
     if not sample:
         raise InputError(f"{path} is empty.")
@@ -73,6 +72,18 @@ def read_csv(path: Path) -> tuple[list[str], Callable[[Sequence[int]], np.ndarra
             raise _bad_cell(path, rows, lines, names, keep) from None
 
     return names, numbers
+
+
+def _without_comments(text: str) -> str:
+    """Drops comment lines at the top, but keeps a header that is one (as numpy.savetxt writes)."""
+    while text.startswith("#"):
+        first, _, rest = text.partition("\n")
+        second = rest.partition("\n")[0]
+        alike = [d for d in DELIMITERS if 0 < first.count(d) == second.count(d)]
+        if not second.startswith("#") and (alike or not any(d in second for d in DELIMITERS[:-1])):
+            return text.removeprefix("#").lstrip(" ")
+        text = rest
+    return text
 
 
 def _bad_cell(

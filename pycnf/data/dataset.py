@@ -114,8 +114,11 @@ def load(
         return _digits(seed, validation, test)
     path = Path(source).expanduser()
     if not (path.suffix.lower() in READERS or path.exists()):
+        folder = path.parent
+        files = [str(folder / p.name) for p in folder.iterdir()] if folder.is_dir() else []
+        known = [*SOURCES, *(name for name in files if name.endswith(READERS))]
         raise InputError(
-            f"Unknown source '{source}'{nearest(source, SOURCES)}; give one of "
+            f"Unknown source '{source}'{nearest(source, known)}; give one of "
             f"{', '.join(SOURCES)}, or a .csv, .npy or .pt file."
         )
     return _table(path, seed, validation, test, columns, drop)

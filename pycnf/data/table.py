@@ -109,7 +109,9 @@ def _read_npy(path: Path) -> np.ndarray:
 
 def _read_pt(path: Path) -> np.ndarray:
     try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about the kinds that are refused below
+            tensor = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises as many types as there are ways to be damaged
         if "Unsupported global" in str(error):
             raise InputError(

@@ -18,7 +18,7 @@ from pycnf.odeint.tableau import TABLEAUX, Tableau
 
 from .control import AdaptiveControl, FixedControl
 from .distributions import StandardNormal
-from .dynamics import REGULARIZERS
+from .dynamics import REGULARIZERS, check_time_per_sample
 from .problem import Problem
 from .solve import solve
 from .stats import SolveStats
@@ -127,6 +127,7 @@ class CNF(nn.Module):
         self.steps = steps
         self.engine = engine
         self.regularizers = dict(regularizers or {})
+        self.keep_bytes = 1 << 28
         self._check()
         if base is None:
             base = StandardNormal(_features_of(field))
@@ -135,8 +136,8 @@ class CNF(nn.Module):
                 base = base.to(like)
         self.base = base
         self.stats: SolveStats | None = None
-        self.keep_bytes = 1 << 28
         self._warned = False
+        self._times_checked = False
 
     def forward(
         self,
@@ -248,6 +249,8 @@ class CNF(nn.Module):
             ValueError: A time is not between t0 and t1.
         """
         x, context = self._check_input(x, context)
+        if not isinstance(times, Sequence | Tensor) or getattr(times, "ndim", 1) != 1:
+            raise TypeError(f"times: got {times!r}, expected a sequence or a tensor [T]")
         wanted = [float(time) for time in times]
         first, last = _value(self.t1), _value(self.t0)
         for time in wanted:
@@ -319,6 +322,8 @@ class CNF(nn.Module):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1")
+        if not isinstance(self.keep_bytes, int) or self.keep_bytes < 0:
+            raise ValueError(f"keep_bytes: got {self.keep_bytes!r}, expected a number of bytes")
         for name in ("rtol", "atol"):
             value = getattr(self, name)
             if not isinstance(value, Real) or not 0 <= value < math.inf:
@@ -390,6 +395,8 @@ class CNF(nn.Module):
         if context is not None:
             if not isinstance(context, Tensor):
                 raise TypeError(f"context: got {type(context).__name__}, expected a tensor")
+            if context.is_floating_point() and context.dtype != x.dtype:
+                raise TypeError(f"context: got {context.dtype}, expected {name}'s {x.dtype}")
             if context.dim() != 1 and (context.dim() == 0 or context.shape[0] != x.shape[0]):
                 raise ValueError(
                     f"context: got shape {tuple(context.shape)}, expected [C] or [{x.shape[0]}, C]"
@@ -464,6 +471,9 @@ class CNF(nn.Module):
         )
         # f32 means f32: autocast would compute the field in half precision behind error control.
         with torch.autocast(x.device.type, enabled=False):
+            if problem.per_sample and not self._times_checked and x.shape[0]:
+                check_time_per_sample(problem, x, context)
+                self._times_checked = True
             if not torch.is_inference_mode_enabled():
                 return solve(problem, x, context, start, end)
             # A divergence by vector-Jacobian products needs a graph, which inference mode refuses.
@@ -531,8 +541,8 @@ class CNF(nn.Module):
             z = (self.base.rsample if differentiable else self.base.sample)((n,))
         except ValueError as error:
             raise ValueError(
-                f"base: cannot be sampled ({error}); the field does not say its number of "
-                "features, so give base=pycnf.flows.StandardNormal(D)"
+                "base: cannot be sampled, for the field does not say its number of features; "
+                "give base=pycnf.flows.StandardNormal(D)"
             ) from error
         like = _tensor_of(self.field)
         return z if like is None else z.to(like)

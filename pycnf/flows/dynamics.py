@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from pycnf.nn.divergence import (
@@ -22,6 +23,43 @@ REGULARIZERS = ("kinetic", "jacobian")
 
 # Layers of all stages of a step are made together unless their weights exceed this many numbers.
 WEIGHTS_AT_ONCE = 1 << 22
+
+
+@torch.no_grad()
+def check_time_per_sample(problem: Problem, x: Tensor, context: Tensor | None) -> None:
+    """Finds out, at the start of a solve, whether a field means what it should by times [B].
+
+    A field like t * z broadcasts them along the features, without a word where B equals D.
+
+    Raises:
+        ValueError: the field cannot take a time per sample, or gives other values then.
+    """
+    field = problem.field
+    if has_forward_mode(field):
+        return
+    arguments = (x,) if context is None else (x, context)
+    shared = torch.tensor(problem.start, dtype=x.dtype, device=x.device)
+    try:
+        expected = field(shared, *arguments)
+    except Exception:
+        return  # the solve says what is wrong
+    moved = shared.expand(x.shape[0]).clone()
+    try:
+        got = field(moved, *arguments)
+        moved[-1] += 1  # must not be felt by the others
+        other = field(moved, *arguments)
+    except RuntimeError as error:
+        raise ValueError(
+            "field: steps='per-sample' calls it with a time per sample, t [B], and it failed "
+            f"({error}); t.unsqueeze(-1), where t has a dimension, broadcasts against z [B, D]"
+        ) from error
+    close = torch.allclose(expected, got, rtol=1e-3, atol=1e-5, equal_nan=True)
+    alone = torch.allclose(got[:-1], other[:-1], rtol=1e-3, atol=1e-5, equal_nan=True)
+    if not (close and alone):
+        raise ValueError(
+            "field: steps='per-sample' calls it with a time per sample, t [B], and a sample's "
+            "value depends on another's time; t.unsqueeze(-1) broadcasts against z [B, D]"
+        )
 
 
 class Dynamics:

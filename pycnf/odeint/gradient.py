@@ -92,6 +92,19 @@ def odeint_adjoint(
             "alternatively they can be specified explicitly via the `adjoint_params` argument. If "
             "there are no parameters then it is allowable to set `adjoint_params=()`."
         )
+    if gradient == "discrete":
+        solves = {
+            "adjoint_rtol": adjoint_rtol,
+            "adjoint_atol": adjoint_atol,
+            "adjoint_method": adjoint_method,
+            "adjoint_options": adjoint_options,
+        }
+        unused = [name for name, value in solves.items() if value is not None]
+        if unused:
+            warnings.warn(
+                f'gradient="discrete" solves no adjoint equation: {", ".join(unused)} not used.',
+                stacklevel=2,
+            )
     adjoint_rtol = rtol if adjoint_rtol is None else adjoint_rtol
     adjoint_atol = atol if adjoint_atol is None else adjoint_atol
     adjoint_method = method if adjoint_method is None else adjoint_method

@@ -21,6 +21,7 @@ from .files import write_atomically
 
 FORMAT = "pycnf checkpoint"
 VERSION = 1
+PARTS = ("config", "data", "preprocess", "baseline", "flow", "step")
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -35,14 +36,18 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, it is damaged, or another version of pycnf wrote it.
     """
+    if path.parent.is_file():
+        raise InputError(f"{path.parent} is a file; give the folder of a run, like runs/moons-1.")
     if not path.is_file():
         raise InputError(
             f"There is no checkpoint {path}; give the folder of a run, like runs/moons-1."
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        path.open("rb").close()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises as many types as there are ways to be damaged
         raise InputError(f"{path} is damaged, or is no checkpoint of pycnf.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -53,4 +58,7 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} has checkpoint version {version} and this pycnf reads version {VERSION}; "
             "use the pycnf that wrote it, or train again."
         )
+    missing = [part for part in PARTS if part not in content]
+    if missing:
+        raise InputError(f"{path} is damaged: it has no {', '.join(missing)}.")
     return content

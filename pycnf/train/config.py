@@ -30,6 +30,7 @@ EASY_TOYS = ("8gaussians", "moons", "circles")
 # Numbers in the widest layer of a batch below which threads cost more than they bring: on two cores
 # shared with other programs, a second thread made steps of small flows 3 to 20 times slower.
 THREADED_WORK = 2**19
+MOST_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ class Config:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise InputError(f"{option(name)} must be 0 or more, and {value:g} is not.")
+        for name, most in (("seed", 2**63 - 1), ("threads", MOST_THREADS)):
+            value = getattr(self, name)
+            if value > most:
+                raise InputError(f"{option(name)} must be at most {most}, and {value} is not.")
         for name in ("validation", "test"):
             value = getattr(self, name)
             if not 0 < value < 0.5:
@@ -143,7 +148,17 @@ class Config:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Config:
-        """Undoes ``to_dict``."""
+        """Undoes ``to_dict``.
+
+        Raises:
+            InputError: another version of pycnf made the values.
+        """
+        unknown = set(values) - {field.name for field in dataclasses.fields(Config)}
+        if unknown:
+            raise InputError(
+                f"The run's configuration has {', '.join(sorted(unknown))}, which this pycnf does "
+                "not know; use the pycnf that wrote it."
+            )
         return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -164,6 +179,8 @@ def choose(data: Dataset, given: Mapping[str, Any]) -> Config:
     """
     given = dict(given)
     epochs = given.pop("epochs", None)
+    if "probes" in given and given.setdefault("divergence", "hutchinson") == "exact":
+        raise InputError("--probes is for --divergence hutchinson; the exact one has none.")
     values = {**_defaults(data), **given}
     batch = values["batch"]
     if batch > data.training_rows:

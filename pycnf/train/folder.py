@@ -76,6 +76,8 @@ def check(out: Path | None) -> None:
     Raises:
         InputError: it holds something already, or cannot be written to.
     """
+    if out is not None and str(out) == ".":
+        raise InputError("--out wants the name of a new folder.")
     place = (RUNS if out is None else out).absolute()
     if out is not None and place.exists():
         if not place.is_dir():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +21,16 @@ EXACT_TOLERANCE = 1e-5
 EXACT_MAX_STEPS = 10_000
 # Rows x (1 + unit tangents) that go through the network together; keeps evaluation in the caches.
 ROWS_AT_ONCE = 32_768
+
+
+def require_memory(option: str, nbytes: int) -> None:
+    """Raises InputError for what cannot fit into this machine's memory."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if nbytes > there:
+        raise InputError(
+            f"{option} asks for {nbytes / 1e9:.3g} GB and this machine has {there / 1e9:.3g} GB; "
+            "give a smaller one."
+        )
 
 
 class Model(nn.Module):
@@ -38,6 +50,11 @@ class Model(nn.Module):
             InputError: the choices do not go together.
         """
         super().__init__()
+        widths = (features, *config.hidden, features)
+        # Weights with their gradient and the optimizer's two copies, and a batch with its tangent,
+        # both with gradients.
+        weights = sum(a * b for a, b in pairwise(widths))
+        require_memory("--hidden", 4 * 4 * (weights + config.batch * sum(widths)))
         self.dtype = getattr(torch, config.dtype)
         self.preprocess = Preprocess(features, config.preprocess, logit)
         self.baseline = GaussianBaseline(features)
@@ -100,6 +117,7 @@ class Model(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, seed: int) -> Tensor:
         """Returns n samples [n, D] in the user's units, float64, the same for the same seed."""
+        require_memory("--number", 4 * 8 * n * self.features)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             sizes = [min(ROWS_AT_ONCE, n - i) for i in range(0, n, ROWS_AT_ONCE)]
@@ -129,7 +147,10 @@ class Model(nn.Module):
     def load_state(self, checkpoint: Mapping[str, Any]) -> None:
         """Undoes ``state``."""
         for name in ("preprocess", "baseline", "flow"):
-            getattr(self, name).load_state_dict(checkpoint[name])
+            try:
+                getattr(self, name).load_state_dict(checkpoint[name])
+            except (RuntimeError, TypeError) as error:
+                raise InputError(f"The checkpoint is damaged: its {name} does not fit.") from error
 
 
 def fitted(config: Config, data: Dataset) -> Model:
