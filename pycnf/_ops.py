@@ -25,7 +25,11 @@ OPS = (
     "time_tensors",
     "probe_keys",
     "probe_sample",
+    "mlp_solve",
+    "mlp_solve_backward",
 )
+# Elsewhere a flow runs on the generic engine, which is their reference.
+WITHOUT_REFERENCE = ("mlp_solve", "mlp_solve_backward")
 
 _compiled = SimpleNamespace(**{name: getattr(torch.ops.pycnf, name).default for name in OPS})
 # The ops of the inner loop have bindings of their own, past the dispatcher's boxing of arguments.
@@ -33,6 +37,10 @@ _compiled.rk_stage, _compiled.rk_finish = _C.rk_stage, _C.rk_finish
 time_tensors = _C.time_tensors
 _DTYPES = (torch.float32, torch.float64)
 _DEVICES = ("cpu", "cuda") if _C.with_cuda else ("cpu",)
+
+
+mlp_solve = _compiled.mlp_solve
+mlp_solve_backward = _compiled.mlp_solve_backward
 
 
 def has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
@@ -132,3 +140,27 @@ def _(
     keys: Tensor, seed: int, probes: int, features: int, gaussian: bool, dtype: torch.dtype
 ) -> Tensor:
     return keys.new_empty(probes, keys.shape[0], features, dtype=dtype)
+
+
+@torch.library.register_fake("pycnf::mlp_solve")
+def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    if args[-1] >= 0:
+        raise NotImplementedError("the length of a tape is known by solving only")
+    report, times = (x.new_empty(size, dtype=torch.float64) for size in ((9,), (0, 3)))
+    return torch.empty_like(x), x.new_empty(x.shape[0]), report, times, [], []
+
+
+@torch.library.register_fake("pycnf::mlp_solve_backward")
+def _(
+    z_bar: Tensor,
+    logdet_bar: Tensor | None,
+    probe: Tensor | None,
+    context: Tensor | None,
+    parameters: Sequence[Tensor | None],
+    *args: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return (
+        torch.empty_like(z_bar),
+        z_bar.new_empty(0 if context is None else context.shape),
+        [z_bar.new_empty(0 if p is None else p.shape) for p in parameters],
+    )

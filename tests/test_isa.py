@@ -136,6 +136,16 @@ def test_instruction_sets_agree(results, capability):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("capability", [name for name in AVAILABLE if name != AVAILABLE[-1]])
+def test_the_fused_engine_is_right_on_every_instruction_set(capability):
+    """The newest one is this process's own."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cnf_fused.py"],
+        env=environment, check=True, timeout=600, cwd=ROOT,
+    )  # fmt: skip
+
+
 def test_this_process_uses_what_torch_uses():
     capability = torch.backends.cpu.get_cpu_capability()
     expected = {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "baseline")
@@ -153,22 +163,30 @@ def symbols(*files):
     return [(fields[1], fields[0]) for fields in map(str.split, lines) if len(fields) > 1]
 
 
-def kernel_object(isa):
-    (found,) = (BUILD / "CMakeFiles" / f"kernels_{isa}.dir").rglob("kernels_isa.cpp.o")
+# Of each source: the table that it defines, and the name of a kernel.
+SOURCES = {
+    "kernels_isa": ("8kKernels", "interpolate"),
+    "mlp_isa": ("11kMlpKernels", "attempt_step"),
+}
+each_source = pytest.mark.parametrize("source", SOURCES)
+
+
+def kernel_object(isa, source):
+    (found,) = (BUILD / "CMakeFiles" / f"kernels_{isa}.dir").rglob(f"{source}.cpp.o")
     return found
 
 
-def check_symbols(found, isa):
+def check_symbols(found, isa, source):
     """A weak or unique definition could be the copy that the linker keeps for every machine."""
     defined = [(kind, name) for kind, name in found if kind not in "Uwv"]
     shared = [name for kind, name in defined if kind in "WVu"]
     assert not shared
     assert [name for kind, name in defined if kind.isupper()] == [
-        f"_ZN5pycnf{mangled(isa)}8kKernelsE"
+        f"_ZN5pycnf{mangled(isa)}{SOURCES[source][0]}E"
     ]
     # What is left to the linker is C, never a C++ function that another object might define.
     assert not [name for kind, name in found if kind == "U" and name.startswith("_Z")]
-    kernels = [name for _, name in defined if "interpolate" in name]
+    kernels = [name for _, name in defined if SOURCES[source][1] in name]
     assert len(kernels) >= 2, "these are not the kernels"
 
 
@@ -179,8 +197,9 @@ def mangled(isa):
 @needs_build
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 @pytest.mark.parametrize("isa", SETS.values() if X86 else ["baseline"])
-def test_kernel_objects_share_no_symbols(isa):
-    check_symbols(symbols(kernel_object(isa)), isa)
+@each_source
+def test_kernel_objects_share_no_symbols(isa, source):
+    check_symbols(symbols(kernel_object(isa, source)), isa, source)
 
 
 @needs_build
@@ -188,12 +207,13 @@ def test_kernel_objects_share_no_symbols(isa):
 @pytest.mark.skipif(not X86, reason="x86 objects")
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 @pytest.mark.parametrize(("isa", "register"), [("avx2", "%ymm"), ("avx512", "%zmm")])
-def test_kernel_objects_use_their_registers(isa, register):
+@each_source
+def test_kernel_objects_use_their_registers(isa, register, source):
     """The wide registers appear in their object, and in none below it."""
     order = list(SETS.values())
     for other in order:
         code = subprocess.run(
-            ["objdump", "-d", "--no-show-raw-insn", str(kernel_object(other))],
+            ["objdump", "-d", "--no-show-raw-insn", str(kernel_object(other, source))],
             check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
         assert (register in code) == (order.index(other) >= order.index(isa)), other
@@ -222,12 +242,12 @@ def test_sources_include_no_torch(folder):
         assert not re.search(r"\b(at|c10|torch)::", re.sub(r"//.*", "", text)), path.name
 
 
-def compile_kernels(tmp_path, *flags, isa="baseline"):
+def compile_kernels(tmp_path, source, *flags, isa="baseline"):
     """As the build does for one set, without an include path but ours."""
     target = tmp_path / f"{isa}.o"
     command = [
         "g++", "-std=c++20", f"-I{CSRC}", f"-DPYCNF_ISA=cpu_{isa}", "-Wall", "-Wextra", "-Werror",
-        "-ffp-contract=off", *flags, "-c", str(CSRC / "cpu" / "kernels_isa.cpp"), "-o", str(target),
+        "-Wno-psabi", *flags, "-c", str(CSRC / "cpu" / f"{source}.cpp"), "-o", str(target),
     ]  # fmt: skip
     subprocess.run(command, check=True, timeout=300)
     return target
@@ -235,10 +255,11 @@ def compile_kernels(tmp_path, *flags, isa="baseline"):
 
 @needs_source
 @needs_compiler
-def test_kernels_compile_without_torch(tmp_path):
-    target = compile_kernels(tmp_path, "-O1")
+@each_source
+def test_kernels_compile_without_torch(tmp_path, source):
+    target = compile_kernels(tmp_path, source, "-O1")
     if shutil.which("nm"):
-        check_symbols(symbols(target), "baseline")
+        check_symbols(symbols(target), "baseline", source)
 
 
 @needs_source

@@ -299,11 +299,12 @@ def test_an_mlp_with_hooks_or_its_own_forward_is_called():
     [
         (lambda t, z: z, "plain callable"),
         (nn.Linear(2, 2), "the field is a Linear"),
-        (MLP(2), "no fused engine"),
+        (MLP(2, layer="blend"), "a 'blend' layer"),
     ],
 )
 def test_the_reason_for_the_generic_engine(field, says):
     assert says in why_not_fused(field)
+    assert why_not_fused(MLP(2)) is None
 
 
 @pytest.mark.parametrize("batch", [0, 1])

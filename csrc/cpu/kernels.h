@@ -1,6 +1,7 @@
 // The CPU kernels as one table of functions per instruction set. No torch here.
 #pragma once
 
+#include "core/mlp_solve.h"
 #include "core/params.h"
 
 namespace pycnf {
@@ -23,15 +24,36 @@ struct CpuKernels {
   CpuKernelTable<double> f64;
 };
 
-// One per object library; see kernels_isa.cpp. Only the baseline exists off x86.
+// The fused engine. Functions of a tile take its number and memory for workspace_numbers().
+template <typename T>
+struct CpuMlpTable {
+  int lanes;                                               // samples of a vector
+  int64_t (*kept_numbers)(const MlpSolve<T>& solve);       // of a tile and stage
+  int64_t (*workspace_numbers)(const MlpSolve<T>& solve);  // of a tile
+  void (*time_layers)(const Mlp<T>& field, const T* tau, T* numbers, TimedLayer<T>* timed);
+  MlpNorms (*first_stage)(const MlpSolve<T>&, const MlpAttempt<T>&, int64_t tile, T* memory);
+  MlpNorms (*trial)(const MlpSolve<T>&, const MlpAttempt<T>&, int64_t tile, T* memory);
+  MlpNorms (*attempt)(const MlpSolve<T>&, const MlpAttempt<T>&, int64_t tile, T* memory);
+  void (*reverse)(const MlpSolve<T>&, const MlpReverseStep<T>&, int64_t tile, T* memory);
+};
+
+struct CpuMlpKernels {
+  CpuMlpTable<float> f32;
+  CpuMlpTable<double> f64;
+};
+
+// One per object library; see kernels_isa.cpp and mlp_isa.cpp. Only the baseline exists off x86.
 namespace cpu_baseline {
 extern const CpuKernels kKernels;
-}
+extern const CpuMlpKernels kMlpKernels;
+}  // namespace cpu_baseline
 namespace cpu_avx2 {
 extern const CpuKernels kKernels;
-}
+extern const CpuMlpKernels kMlpKernels;
+}  // namespace cpu_avx2
 namespace cpu_avx512 {
 extern const CpuKernels kKernels;
-}
+extern const CpuMlpKernels kMlpKernels;
+}  // namespace cpu_avx512
 
 }  // namespace pycnf

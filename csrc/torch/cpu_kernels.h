@@ -20,4 +20,19 @@ inline const CpuKernelTable<double>& cpu_kernels<double>() {
   return cpu_kernels_of_this_machine().f64;
 }
 
+const CpuMlpKernels& cpu_mlp_kernels_of_this_machine();
+
+template <typename T>
+const CpuMlpTable<T>& cpu_mlp_kernels();
+
+template <>
+inline const CpuMlpTable<float>& cpu_mlp_kernels<float>() {
+  return cpu_mlp_kernels_of_this_machine().f32;
+}
+
+template <>
+inline const CpuMlpTable<double>& cpu_mlp_kernels<double>() {
+  return cpu_mlp_kernels_of_this_machine().f64;
+}
+
 }  // namespace pycnf

@@ -6,10 +6,13 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <atomic>
+#include <chrono>
 #include <vector>
 
 #include "core/tableau.h"
 #include "torch/cpu_kernels.h"
+#include "torch/interrupt.h"
 
 namespace py = pybind11;
 
@@ -71,9 +74,22 @@ Tensors time_tensors(const Numbers& values, at::ScalarType dtype, at::Device dev
   return op.call(values, dtype, device);
 }
 
+// Asked for at every step of a solve; the GIL is taken a few times a second only.
+void check_signals() {
+  using Clock = std::chrono::steady_clock;
+  static std::atomic<Clock::rep> last = 0;
+  const auto now = Clock::now().time_since_epoch().count();
+  const auto pause = Clock::duration(std::chrono::milliseconds(100)).count();
+  if (now - last.load(std::memory_order_relaxed) < pause) return;
+  last.store(now, std::memory_order_relaxed);
+  const py::gil_scoped_acquire locked;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  pycnf::check_interrupt = check_signals;
   m.doc() = "Compiled part of pycnf.";
 
   m.def("tableaux", [] {

@@ -53,4 +53,28 @@ TORCH_LIBRARY(pycnf, m) {
   m.def(
       "probe_sample(Tensor keys, int seed, int probes, int features, bool gaussian, "
       "ScalarType dtype) -> Tensor");
+
+  // ---- the fused engine: a flow whose field is a multilayer perceptron (core/mlp.h) -------------
+  //
+  // `parameters`: weight, bias, gate_weight, gate_bias, shift_weight of every layer. `activation`:
+  // its place in pycnf.nn.activation.ACTIVATIONS. `fourier`: F, 0 for t itself. `probe` [K, B, D];
+  // none, and no `unit_probes` (the exact divergence): no divergence. `context` [B, width of the
+  // first layer]: added to its product. `sign`: of the divergence in the logdet's derivative.
+
+  // Solves from start to end. `control`: the fields of StepControl in core/control.h; `grid`: times
+  // of a fixed-step method. `keep_bytes`: for the stages of the tape, -1 for no tape. Returns z,
+  // logdet, a report (Report in mlp_solve_cpu.cpp), and the tape: accepted (t, h, t_next) [N, 3],
+  // the N states that they begin with, and N + 1 blocks of kept stages.
+  m.def(
+      "mlp_solve(Tensor x, Tensor? probe, Tensor? context, Tensor?[] parameters, int activation, "
+      "int fourier, str method, bool unit_probes, float sign, float start, float end, "
+      "float[] control, float[] grid, int keep_bytes) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+
+  // The exact gradient of the accepted steps, their sizes constant: of x, of the context (empty
+  // without) and of the parameters (empty where there is none).
+  m.def(
+      "mlp_solve_backward(Tensor z_bar, Tensor? logdet_bar, Tensor? probe, Tensor? context, "
+      "Tensor?[] parameters, int activation, int fourier, str method, bool unit_probes, "
+      "float sign, Tensor times, Tensor[] states, Tensor[] kept) -> (Tensor, Tensor, Tensor[])");
 }

@@ -19,6 +19,7 @@ from pycnf.odeint.tableau import TABLEAUX, Tableau
 from .control import AdaptiveControl, FixedControl
 from .distributions import StandardNormal
 from .dynamics import REGULARIZERS, check_time_per_sample
+from .fused import solve_fused
 from .problem import Problem
 from .solve import solve
 from .stats import SolveStats
@@ -279,10 +280,14 @@ class CNF(nn.Module):
     def explain(self) -> str:
         """One sentence: which engine runs this flow, and why."""
         self._check()
+        if self.engine == "fused":
+            return (
+                "The fused engine (the whole solve in compiled code): engine='fused' was asked for."
+            )
         if self.engine == "generic":
             why = "engine='generic' was asked for"
         else:
-            why = why_not_fused(self.field)
+            why = self._why_not_fused() or "the fused engine is still asked for by engine='fused'"
         return f"The generic engine (compiled Runge-Kutta steps around the field's code): {why}."
 
     def extra_repr(self) -> str:
@@ -341,8 +346,28 @@ class CNF(nn.Module):
             if not isinstance(weight, Real) or not math.isfinite(weight):
                 raise ValueError(f"regularizers: got {weight!r} for {name!r}, expected a weight")
         if self.engine == "fused":
-            raise ValueError(f"engine: got 'fused', but {why_not_fused(self.field)}")
+            why = self._why_not_fused()
+            if why is not None:
+                raise ValueError(f"engine: got 'fused', but {why}")
         self._control()
+
+    def _why_not_fused(self) -> str | None:
+        """One sentence saying what keeps the fused engine from running this flow, or None."""
+        why = why_not_fused(self.field)
+        if why is not None:
+            return why
+        for name, value in (("steps", "shared"), ("gradient", "discrete"), ("regularizers", {})):
+            if getattr(self, name) != value:
+                return f"{name}={getattr(self, name)!r} runs on the generic engine"
+        if any(isinstance(t, Tensor) and t.requires_grad for t in (self.t0, self.t1)):
+            return "gradients of t0 and t1 need the generic engine"
+        like = _tensor_of(self.field)
+        if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
+            return (
+                "it runs float32 and float64 on the CPU, and the field is "
+                f"{like.dtype} on {like.device}"
+            )
+        return None
 
     def _control(self) -> AdaptiveControl | FixedControl:
         tableau = TABLEAUX[self.method]
@@ -474,6 +499,8 @@ class CNF(nn.Module):
             if problem.per_sample and not self._times_checked and x.shape[0]:
                 check_time_per_sample(problem, x, context)
                 self._times_checked = True
+            if self.engine == "fused":
+                return solve_fused(problem, x, context)
             if not torch.is_inference_mode_enabled():
                 return solve(problem, x, context, start, end)
             # A divergence by vector-Jacobian products needs a graph, which inference mode refuses.

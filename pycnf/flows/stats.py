@@ -15,7 +15,7 @@ class SolveStats:
             gradient evaluates nothing: `gradient="autograd"`, and "discrete" with its stages kept.
         accepted: Accepted steps; with steps per sample, of the sample that took most.
         rejected: Rejected attempts; with steps per sample, of the sample that had most.
-        engine: "generic".
+        engine: "fused" or "generic".
         step_size: What the controller would have tried next; None with steps per sample.
         regularizers: For each name the weighted integral of every sample [B], differentiable:
             `loss = (-log_prob + sum(stats.regularizers.values())).mean()`.

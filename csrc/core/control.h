@@ -1,0 +1,47 @@
+// The step-size policy of the flows, as pycnf/flows/control.py has it: f64 throughout.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+namespace pycnf {
+
+// A step that would end within this fraction of what is left goes to the end.
+constexpr double kClose = 1e-10;
+// A step this small, relative to the interval, is no step any more.
+constexpr double kTiny = 1e-13;
+
+struct StepControl {
+  double rtol;
+  double atol;
+  double first_step;  // 0: Hairer's
+  double max_step;
+  double safety;
+  double ifactor;
+  double dfactor;
+  int64_t max_num_steps;
+};
+
+// What the next attempt's step is of this one's, given this one's error norm.
+inline double step_factor(const StepControl& control, double error, int order) {
+  if (!std::isfinite(error)) return control.dfactor;
+  if (error == 0) return control.ifactor;
+  const double least = error < 1 ? 1 : control.dfactor;
+  return std::min(control.ifactor, std::max(control.safety * std::pow(error, -1. / order), least));
+}
+
+// Hairer's h0, from the norms of the state and of its derivative; within the interval.
+inline double trial_step(double d0, double d1, double length) {
+  const double h0 = d0 < 1e-5 || d1 < 1e-5 ? 1e-6 : 0.01 * d0 / d1;
+  return std::min(h0, length);
+}
+
+// Hairer's first step, from the norms of the first and (approximately) second derivative.
+inline double initial_step(double h0, double d1, double d2, int order, double length) {
+  const double h1 = d1 <= 1e-15 && d2 <= 1e-15 ? std::max(1e-6, h0 * 1e-3)
+                                               : std::pow(0.01 / std::max(d1, d2), 1. / order);
+  return std::min({100 * h0, h1, length});
+}
+
+}  // namespace pycnf

@@ -1,0 +1,72 @@
+// A multilayer perceptron whose layers are, at a time t,
+//
+//     h = s∘(W a + b) + c,    s = σ(g τ + q) or 1,    c = v τ or 0,
+//
+// with τ = t itself or Fourier features of t: what the fused engine runs.
+#pragma once
+
+#include "core/host_device.h"
+
+namespace pycnf {
+
+constexpr int kMaxLayers = 16;
+
+// In the order of pycnf.nn.activation.ACTIVATIONS.
+enum class Activation : int {
+  kTanh,
+  kSoftplus,
+  kElu,
+  kSilu,
+  kSelu,
+  kRelu,
+  kGelu,
+  kSin,
+  kSquare,
+  kIdentity,
+};
+constexpr int kActivations = 10;
+
+template <typename T>
+struct MlpLayer {
+  int64_t in;
+  int64_t out;
+  const T* weight;  // [out, in], rows `weight_stride` apart
+  int64_t weight_stride;
+  const T* bias;          // [out] or null
+  const T* gate_weight;   // [out, F] or null: no gate
+  const T* gate_bias;     // [out]
+  const T* shift_weight;  // [out, F], rows `shift_stride` apart, or null: no shift
+  int64_t shift_stride;
+};
+
+template <typename T>
+struct Mlp {
+  int layers;
+  Activation activation;
+  int64_t features;       // D
+  int64_t time_features;  // F: 1 for t itself
+  bool fourier;
+  MlpLayer<T> layer[kMaxLayers];
+};
+
+// What a layer does to time: h = s∘(W a + b) + c.
+template <typename T>
+struct TimedLayer {
+  const T* gate;   // s [out] or null
+  const T* shift;  // s∘b + c [out]
+};
+
+// Where a thread adds up the gradient of a layer. The weight's is kept with the wider of the two
+// dimensions along a row, rows padded to whole vectors.
+template <typename T>
+struct LayerGradient {
+  T* weight;  // [out, stride], or [in, stride] if `swapped`
+  int64_t stride;
+  bool swapped;
+  T* bias;          // [out], padded
+  T* gate_weight;   // [F, out], each padded, or null
+  T* gate_bias;     // [out], padded
+  T* shift_weight;  // [F, out], each padded, or null
+};
+
+}  // namespace pycnf

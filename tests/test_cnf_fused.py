@@ -1,0 +1,211 @@
+"""The fused engine against the generic one: results, steps and gradients, to rounding."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pycnf.flows import CNF, SolveError
+from pycnf.nn import ACTIVATIONS, MLP
+
+METHODS = ("dopri5", "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun")
+FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
+
+
+def pair(field, **settings):
+    return [CNF(field, engine=engine, **settings) for engine in ("fused", "generic")]
+
+
+def field_of(features=2, hidden=(16, 16), scale=1.0, **settings):
+    torch.manual_seed(0)
+    field = MLP(features, hidden, **settings).double()
+    with torch.no_grad():
+        for layer in field.layers:
+            layer.weight.mul_(scale)
+    return field
+
+
+def points(batch, features=2, seed=1):
+    return torch.randn(
+        batch, features, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def outcome(flow, x, context=None, inverse=False, **keywords):
+    """Results, gradients and counts of a solve with a loss that sees everything."""
+    x = x.clone().requires_grad_()
+    inputs = [x, *flow.field.parameters()]
+    if context is not None:
+        context = context.clone().requires_grad_()
+        inputs.append(context)
+    z, logdet = (flow.inverse if inverse else flow)(x, context, **keywords)
+    loss = (z * points(*z.shape, seed=5)).sum() + (logdet * logdet.detach().cos()).sum()
+    gradients = torch.autograd.grad(loss, inputs)
+    stats = flow.stats
+    return [z, logdet, *gradients], (stats.nfe_forward, stats.accepted, stats.rejected)
+
+
+def assert_same(flows, *args, rtol=1e-11, **keywords):
+    (fused, counts), (generic, expected) = (outcome(flow, *args, **keywords) for flow in flows)
+    assert counts == expected
+    for mine, other in zip(fused, generic, strict=True):
+        scale = max(1.0, other.abs().max().item())
+        torch.testing.assert_close(mine, other, rtol=rtol, atol=rtol * scale)
+    assert flows[0].stats.engine == "fused"
+    return counts
+
+
+@pytest.mark.parametrize("keep", [0, 20_000, 1 << 28], ids=["none", "some", "all"])
+@pytest.mark.parametrize("method", METHODS)
+def test_adaptive_methods(method, keep):
+    flows = pair(field_of(scale=3.0), method=method, rtol=1e-4, atol=1e-4)
+    for flow in flows:
+        flow.keep_bytes = keep
+    assert_same(flows, points(37), seed=3)
+
+
+@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("options", [{"num_steps": 3}, {"step_size": 0.3}])
+def test_fixed_methods(method, options):
+    assert_same(pair(field_of(), method=method, options=options), points(5), seed=3)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation):
+    field = field_of(activation=activation)
+    far = 1 if activation == "square" else 3  # a quadratic field leaves for infinity
+    assert_same(pair(field, method="rk4", options={"num_steps": 4}), points(9) * far, seed=3)
+
+
+@pytest.mark.parametrize("layer", ["ignore", "concat", "concat_v2", "squash", "concatsquash"])
+@pytest.mark.parametrize("time", ["t", ("fourier", 6)])
+@pytest.mark.parametrize("context", [0, 3])
+def test_layers(layer, time, context):
+    field = field_of(layer=layer, time=time, context=context)
+    given = points(6, context, seed=2) if context else None
+    assert_same(pair(field), points(6), given, seed=3)
+    if context:
+        assert_same(pair(field), points(6), given[0], seed=3)
+
+
+@pytest.mark.parametrize("hidden", [(), (1,), (5, 70), (64, 64, 64), (33, 7, 17, 16)])
+@pytest.mark.parametrize("features", [1, 2, 9, 17])
+@pytest.mark.parametrize("kind", [{"divergence": "exact"}, {"probes": 1}, {"probes": 3}])
+def test_shapes(hidden, features, kind):
+    keywords = {} if "divergence" in kind else {"seed": 3}
+    assert_same(pair(field_of(features, hidden), **kind), points(19, features), **keywords)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 15, 16, 17, 33, 100])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_batches_and_directions(batch, inverse):
+    assert_same(pair(field_of(scale=2.0)), points(batch), inverse=inverse, seed=3)
+
+
+def test_a_hard_solve_with_rejections():
+    _, accepted, rejected = assert_same(
+        pair(field_of(hidden=(64, 64, 64), scale=6.0)), points(64), seed=3, rtol=1e-7
+    )
+    assert accepted >= 8
+    assert rejected >= 1
+
+
+def test_threads_change_only_the_order_of_sums():
+    flow = pair(field_of(scale=2.0))[0]
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(outcome(flow, points(300), seed=3)[0])
+            again = outcome(flow, points(300), seed=3)[0]
+            assert all(torch.equal(a, b) for a, b in zip(results[-1], again))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert torch.equal(results[0][0], other[0])
+        for mine, theirs in zip(results[0], other):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_float32_is_as_near_the_truth_as_the_generic_engine():
+    x = points(200)
+    truth, _ = outcome(CNF(field_of(), engine="generic"), x, seed=3)
+    keys = torch.arange(200)
+    errors = []
+    for flow in pair(field_of().float(), method="rk4", options={"num_steps": 8}):
+        exact = CNF(field_of(), engine="generic", method="rk4", options={"num_steps": 8})
+        truth, _ = outcome(exact, x, seed=3, keys=keys)
+        x32 = x.float().requires_grad_()
+        z, logdet = flow(x32, seed=3, keys=keys)
+        loss = (z * points(200, seed=5).float()).sum() + (logdet * truth[1].float().cos()).sum()
+        got = [z, logdet, *torch.autograd.grad(loss, [x32, *flow.field.parameters()])]
+        errors.append([((a - b).norm() / b.norm()).item() for a, b in zip(got, truth, strict=True)])
+    for mine, other in zip(*errors):
+        assert mine < 4 * other + 4e-7
+
+
+def test_without_a_gradient_or_a_divergence():
+    fused, generic = pair(field_of())
+    x = points(21)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x, seed=1)[0], generic(x, seed=1)[0], rtol=1e-12, atol=0)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            fused.log_prob(x, seed=1), generic.log_prob(x, seed=1), rtol=1e-12, atol=0
+        )
+    times = [0.2, 0.7]
+    torch.testing.assert_close(
+        fused.trajectory(x, times), generic.trajectory(x, times), rtol=1e-9, atol=1e-9
+    )
+    _, logdet = fused(x, seed=1)
+    (alone,) = torch.autograd.grad(logdet.sum(), fused.field.layers[0].weight)
+    (expected,) = torch.autograd.grad(generic(x, seed=1)[1].sum(), generic.field.layers[0].weight)
+    torch.testing.assert_close(alone, expected, rtol=1e-11, atol=1e-11)
+    assert fused(x[:0])[0].shape == (0, 2)
+
+
+def test_a_weight_changed_before_the_backward_is_an_error():
+    flow = pair(field_of())[0]
+    loss = flow(points(4), seed=1)[1].sum()
+    with torch.no_grad():
+        flow.field.layers[1].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_second_derivative_is_refused():
+    flow = pair(field_of())[0]
+    x = points(4).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*engine='generic'"):
+        torch.autograd.grad(flow(x, seed=1)[1].sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda flow, x: setattr(flow, "max_num_steps", 2), "max_num_steps"),
+        (lambda flow, x: x[3, 0].fill_(math.nan), "the state is not finite at the start"),
+        (lambda flow, x: x[3].fill_(1e200), "the field is not finite at the start"),
+    ],
+)
+def test_errors_are_the_generic_engine_s(change, says):
+    field = field_of(activation="square", scale=2.0)
+    messages = []
+    for flow in pair(field, rtol=1e-9, atol=1e-9):
+        x = points(20)
+        change(flow, x)
+        with pytest.raises(SolveError, match=says) as error:
+            flow(x, seed=1)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_what_the_fused_engine_does_not_run():
+    with pytest.raises(ValueError, match="engine: got 'fused', but the field has a 'hyper' layer"):
+        CNF(MLP(2, layer="hyper"), engine="fused")
+    with pytest.raises(ValueError, match="gradient='continuous' runs on the generic engine"):
+        CNF(MLP(2), engine="fused", gradient="continuous")
+    with pytest.raises(ValueError, match="gradients of t0 and t1"):
+        CNF(MLP(2), engine="fused", t1=nn.Parameter(torch.ones(())))
