@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import pycnf
 from bench.harness import OURS, Row, measure
 
-_FEATURES, _HIDDEN, _BATCH, _TOLERANCE = 2, (64, 64, 64), 512, 1e-5
+_FEATURES, _HIDDEN, _TOLERANCE = 2, (64, 64, 64), 1e-5
+_BATCHES = (64, 512)
+_GENERIC = f"{OURS}, generic engine"
 
 
 class _FfjordField(nn.Module):
@@ -60,11 +62,15 @@ def _distance(found: list[Tensor], truth: list[Tensor]) -> float:
 
 
 def run() -> list[Row]:
-    """Rows of pycnf.CNF (discrete gradient) and torchdiffeq's two ways."""
+    """Rows of pycnf.CNF (discrete gradient, both engines) and torchdiffeq's two ways."""
+    return [row for batch in _BATCHES for row in _rows(batch)]
+
+
+def _rows(batch: int) -> list[Row]:
     torch.manual_seed(0)
     field = pycnf.nn.MLP(_FEATURES, _HIDDEN, layer="concatsquash", activation="tanh")
-    x = torch.randn(_BATCH, _FEATURES)
-    probe = torch.randint(0, 2, (1, _BATCH, _FEATURES)).to(x) * 2 - 1
+    x = torch.randn(batch, _FEATURES)
+    probe = torch.randint(0, 2, (1, batch, _FEATURES)).to(x) * 2 - 1
 
     exact = pycnf.nn.MLP(_FEATURES, _HIDDEN, layer="concatsquash", activation="tanh").double()
     exact.load_state_dict({k: v.double() for k, v in field.state_dict().items()})
@@ -72,10 +78,13 @@ def run() -> list[Row]:
     true_loss = _torchdiffeq_loss(torchdiffeq.odeint, tight, x.double(), 1e-10)
     truth = [true_loss.detach(), *_gradients(true_loss, tight.field)]
 
-    flow = pycnf.CNF(field, rtol=_TOLERANCE, atol=_TOLERANCE, engine="generic")
+    flows = {
+        name: pycnf.CNF(field, rtol=_TOLERANCE, atol=_TOLERANCE, engine=engine)
+        for name, engine in ((OURS, "fused"), (_GENERIC, "generic"))
+    }
     plain = _FfjordField(field, probe[0])
 
-    def ours() -> list[Tensor]:
+    def ours(flow: pycnf.CNF) -> list[Tensor]:
         loss = -flow.log_prob(x, probe=probe).mean()
         return [loss.detach(), *_gradients(loss, field)]
 
@@ -84,7 +93,7 @@ def run() -> list[Row]:
         return [loss.detach(), *_gradients(loss, field)]
 
     contenders = {
-        OURS: ours,
+        **{name: lambda flow=flow: ours(flow) for name, flow in flows.items()},
         "torchdiffeq odeint_adjoint": lambda: theirs(torchdiffeq.odeint_adjoint),
         "torchdiffeq odeint + backward": lambda: theirs(torchdiffeq.odeint),
     }
@@ -92,8 +101,8 @@ def run() -> list[Row]:
     for name, contender in contenders.items():
         plain.calls = 0
         found = contender()
-        if name == OURS:
-            nfe = f"{flow.stats.nfe_forward} + {flow.stats.nfe_backward}"
+        if name in flows:
+            nfe = f"{flows[name].stats.nfe_forward} + {flows[name].stats.nfe_backward}"
         else:
             nfe = str(plain.calls)
         facts[name] = {
@@ -102,5 +111,5 @@ def run() -> list[Row]:
             "loss error": f"{_distance(found[:1], truth[:1]):.1e}",
             "gradient error": f"{_distance(found[1:], truth[1:]):.1e}",
         }
-    case = f"FFJORD step, D={_FEATURES}, 64-64-64 concatsquash, B={_BATCH}, dopri5 1e-5"
+    case = f"FFJORD step, D={_FEATURES}, 64-64-64 concatsquash, B={batch}, dopri5 1e-5"
     return measure(case, contenders, dict.fromkeys(contenders, 1.0), facts, rounds=9, seconds=0.0)
