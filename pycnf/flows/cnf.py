@@ -64,7 +64,9 @@ class CNF(nn.Module):
         max_num_steps: Largest number of attempted steps of an adaptive method.
         gradient: "discrete", "continuous", "seminorm" or "autograd".
         steps: "shared" by the batch or "per-sample"; then "continuous" means "seminorm".
-        engine: "auto", "fused" or "generic"; `explain()` says which it is and why.
+        engine: "generic" runs any field; "fused" runs an `MLP` on the CPU in f32 and f64 with
+            shared steps and a discrete gradient, which it cannot differentiate again; "auto" is
+            the generic one so far. `explain()` says which it is and why.
         base: Distribution with `log_prob` [B, D] -> [B] and `sample`; None for N(0, I).
         regularizers: Weights of "kinetic", ∫‖f‖² dt, and "jacobian", ∫‖∂f/∂z‖_F² dt (RNODE, Finlay
             et al. 2020), left in `stats.regularizers` by each solve with a logdet. They are
