@@ -35,12 +35,9 @@ _compiled = SimpleNamespace(**{name: getattr(torch.ops.pycnf, name).default for 
 # The ops of the inner loop have bindings of their own, past the dispatcher's boxing of arguments.
 _compiled.rk_stage, _compiled.rk_finish = _C.rk_stage, _C.rk_finish
 time_tensors = _C.time_tensors
+mlp_solve, mlp_solve_backward = _compiled.mlp_solve, _compiled.mlp_solve_backward
 _DTYPES = (torch.float32, torch.float64)
 _DEVICES = ("cpu", "cuda") if _C.with_cuda else ("cpu",)
-
-
-mlp_solve = _compiled.mlp_solve
-mlp_solve_backward = _compiled.mlp_solve_backward
 
 
 def has_kernels(dtype: torch.dtype, device: torch.device) -> bool:

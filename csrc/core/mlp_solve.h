@@ -49,7 +49,7 @@ struct MlpAttempt {
   T* y1;                       // [tiles, rows, samples]
   T* k;                        // [stages, tiles, rows, samples]
   bool flip;                   // the first and the last stage of k have changed places
-  T* const* kept;              // [stages] of [tiles, mlp_kept()], null entries: not kept
+  T* const* kept;              // [stages] of [tiles, kept_numbers()], null entries: not kept
   double* errors;              // [batch]: the error norm of every sample; or null
 };
 

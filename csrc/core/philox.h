@@ -8,6 +8,7 @@
 
 #include <math.h>
 
+#include "core/elementary.h"
 #include "core/host_device.h"
 
 namespace pycnf {
@@ -41,14 +42,9 @@ PYCNF_HD T rademacher(const Philox4& block, int feature_in_block) {
   return (word >> (feature_in_block % 32)) & 1u ? T(-1) : T(1);
 }
 
-// By the names of C, so that no inline overload of the standard library is compiled (and left as a
-// weak symbol, without optimization) for an instruction set that another machine lacks.
+// By the names of C, as in core/elementary.h.
 PYCNF_HD float polar_radius(float u) { return sqrtf(-2.f * logf(u)); }
 PYCNF_HD double polar_radius(double u) { return ::sqrt(-2. * ::log(u)); }
-PYCNF_HD float cosine(float x) { return cosf(x); }
-PYCNF_HD double cosine(double x) { return ::cos(x); }
-PYCNF_HD float sine(float x) { return sinf(x); }
-PYCNF_HD double sine(double x) { return ::sin(x); }
 
 // Gaussian by Box and Muller (1958): words 0, 1 give the first two of a block's four values, words
 // 2, 3 the others.

@@ -2,10 +2,6 @@
 
 PYCNF_HD float normal_share(float x) { return 0.5f * (1 + __builtin_erff(x)); }
 PYCNF_HD double normal_share(double x) { return 0.5 * (1 + __builtin_erf(x)); }
-PYCNF_HD float sine(float x) { return __builtin_sinf(x); }
-PYCNF_HD double sine(double x) { return __builtin_sin(x); }
-PYCNF_HD float cosine(float x) { return __builtin_cosf(x); }
-PYCNF_HD double cosine(double x) { return __builtin_cos(x); }
 
 // φ(h), with φ'(h) in `slope`.
 template <Activation kind, typename T>

@@ -234,8 +234,7 @@ MlpNorms first_stage(const MlpSolve<T>& solve, const MlpAttempt<T>& attempt, int
   return norms;
 }
 
-// The norm of the change of the derivative over a trial step of h from y0; the second stage's place
-// is used.
+// The norm of the change of the derivative over a trial step of h from y0.
 template <typename T>
 MlpNorms trial(const MlpSolve<T>& solve, const MlpAttempt<T>& attempt, int64_t index, T* memory) {
   Workspace<T> workspace = {vectors(memory)};
@@ -365,13 +364,14 @@ void reverse_step(const MlpSolve<T>& solve, const MlpReverseStep<T>& step, int64
 
   // Stages as they were, or once more.
   Evaluation<T> evaluations[kMaxStages];
+  TileShape shapes[kMaxStages];
   StageRows<T> k = {};
   for (int i = 0; i < used; ++i) {
     const bool with_divergence = solve.tangents > 0 && tableau.b[i] != 0;
     // Kept products have the columns that the forward solve needed.
     const bool had_divergence =
         step.kept[i] != nullptr ? needs_divergence(solve, i) : with_divergence;
-    const TileShape shape = had_divergence ? tile.shape : tile.value_only;
+    const TileShape& shape = shapes[i] = had_divergence ? tile.shape : tile.value_only;
     if (step.kept[i] != nullptr) {
       evaluations[i] =
           evaluation_at(solve, shape, vectors(step.kept[i] + index * kept_numbers(solve)));
@@ -397,15 +397,12 @@ void reverse_step(const MlpSolve<T>& solve, const MlpReverseStep<T>& step, int64
                           ? nullptr
                           : vectors(step.context_bar) + index * width * solve.vectors;
   for (int i = used - 1; i >= 0; --i) {
-    const bool had_divergence = step.kept[i] != nullptr ? needs_divergence(solve, i)
-                                                        : solve.tangents > 0 && tableau.b[i] != 0;
-    const TileShape shape = had_divergence ? tile.shape : tile.value_only;
     const T weight = T(tableau.b[i]) * step.h * solve.sign;
     for (int64_t v = 0; v < solve.vectors && solve.tangents > 0; ++v) {
       divergence_bar[v] = logdet_bar[v] * weight;
     }
     reverse(solve.field, activate_layer, reverse_activation, step.timed + i * layers,
-            step.tau + i * solve.field.time_features, shape, tile.constants, solve.probe_weight,
+            step.tau + i * solve.field.time_features, shapes[i], tile.constants, solve.probe_weight,
             evaluations[i].z, evaluations[i].products, k_bar.row[i], divergence_bar, scratch,
             step.gradients, first_bar, context_bar, stage_bar);
     for (int64_t r = 0; r < numbers; ++r) z_bar[r] += stage_bar[r];

@@ -4,8 +4,6 @@
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
-#include <deque>
-
 #include "core/control.h"
 #include "torch/interrupt.h"
 #include "torch/mlp_solve.h"

@@ -183,8 +183,7 @@ def step_with_graph(
     """
     tableau = dynamics.problem.tableau
     weights = tableau.b
-    # The last stage of a first-same-as-last method does not enter the solution.
-    used = 1 + max(i for i, weight in enumerate(weights) if weight != 0)
+    used = tableau.stages_in_use
     times = torch.tensor(
         stage_times(tableau, taped.t, taped.h, taped.t_next)[:used],
         dtype=torch.float64 if z.device.type != "mps" else z.dtype,

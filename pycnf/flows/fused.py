@@ -117,17 +117,13 @@ class _Fused(torch.autograd.Function):
             ctx.times, ctx.states, ctx.kept,
         )  # fmt: skip
         again = sum(block.numel() == 0 for block in ctx.kept[1:])
-        problem.stats.nfe_backward += again * _stages_in_use(problem)
+        problem.stats.nfe_backward += again * problem.tableau.stages_in_use
         return (
             None,
             x_bar,
             offset_bar if offset is not None else None,
             *(None if p is None else bar for p, bar in zip(parameters, bars)),
         )
-
-
-def _stages_in_use(problem: Problem) -> int:
-    return 1 + max(i for i, weight in enumerate(problem.tableau.b) if weight != 0)
 
 
 def _read_report(problem: Problem, report: list[float]) -> None:

@@ -321,7 +321,7 @@ def steps_with_graph(
 ) -> list[Tensor]:
     """`forward.step_with_graph` for accepted steps of some samples; z and extras are theirs."""
     tableau = dynamics.problem.tableau
-    used = 1 + max(i for i, weight in enumerate(tableau.b) if weight != 0)
+    used = tableau.stages_in_use
     context, probe = rows_of(dynamics, context, taped.rows)
     if shifts is not None:
         start, end = shifts

@@ -29,5 +29,10 @@ class Tableau:
     e: list[float]
     m: list[float]
 
+    @property
+    def stages_in_use(self) -> int:
+        """Stages whose state enters the solution; a first-same-as-last method's last does not."""
+        return 1 + max(i for i, weight in enumerate(self.b) if weight != 0)
+
 
 TABLEAUX: dict[str, Tableau] = {entry["name"]: Tableau(**entry) for entry in _C.tableaux()}
