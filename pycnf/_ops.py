@@ -140,21 +140,33 @@ def _(
 
 
 @torch.library.register_fake("pycnf::mlp_solve")
-def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+def _(
+    x: Tensor, probe: Any, context: Any, parameters: Any, method: str, kind: Sequence[int],
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     if args[-1] >= 0:
         raise NotImplementedError("the length of a tape is known by solving only")
     report, times = (x.new_empty(size, dtype=torch.float64) for size in ((9,), (0, 3)))
-    return torch.empty_like(x), x.new_empty(x.shape[0]), report, times, [], []
+    return torch.empty_like(x), x.new_empty(_extras(kind), x.shape[0]), report, times, [], []
 
 
 @torch.library.register_fake("pycnf::mlp_solve_backward")
 def _(
-    z_bar: Tensor,
-    logdet_bar: Tensor | None,
-    probe: Tensor | None,
-    context: Tensor | None,
-    parameters: Sequence[Tensor | None],
+    z_bar: Tensor, extras_bar: Any, probe: Any, context: Tensor | None,
+    parameters: Sequence[Tensor | None], method: str, kind: Any, weights: Any, times: Tensor,
     *args: Any,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip
+    gradients = _gradients(z_bar, context, parameters)
+    return *gradients, times.new_empty(times.shape[0] if args[-1] else 0, 2)
+
+
+def _extras(kind: Sequence[int]) -> int:
+    """How many extras a solve has."""
+    return 1 + kind[3] + kind[4] if kind[2] else 0
+
+
+def _gradients(
+    z_bar: Tensor, context: Tensor | None, parameters: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     return (
         torch.empty_like(z_bar),

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from pycnf.flows import CNF, SolveError
 from pycnf.nn import ACTIVATIONS, MLP
@@ -175,11 +174,68 @@ def test_a_weight_changed_before_the_backward_is_an_error():
         loss.backward()
 
 
-def test_a_second_derivative_is_refused():
-    flow = pair(field_of())[0]
-    x = points(4).requires_grad_()
-    with pytest.raises(RuntimeError, match=r"create_graph=True.*engine='generic'"):
-        torch.autograd.grad(flow(x, seed=1)[1].sum(), x, create_graph=True)
+def test_second_derivatives():
+    torch.manual_seed(0)
+    found = []
+    field = field_of(hidden=(8, 8), layer=["concat", "concatsquash", "squash"], context=2)
+    x, context = points(4), points(4, seed=2)
+    for flow in pair(field, regularizers={"jacobian": 0.2, "kinetic": 0.5}, method="bosh3"):
+        x = x.detach().clone().requires_grad_()
+        context = context.detach().clone().requires_grad_()
+        inputs = [x, context, *flow.field.parameters()]
+        z, logdet = flow(x, context, seed=1)
+        loss = z.square().sum() + logdet.exp().sum() + flow.stats.regularizers["kinetic"].sum()
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        total = sum(g.square().sum() for g in first)
+        found.append([*first, *torch.autograd.grad(total, inputs)])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [{"divergence": "exact"}, {"probes": 2}])
+@pytest.mark.parametrize("hidden", [(), (9,), (16, 16), (7, 16, 5)])
+@pytest.mark.parametrize("names", [("kinetic",), ("jacobian",), ("jacobian", "kinetic")])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_regularizers(kind, hidden, names, inverse):
+    found = []
+    for flow in pair(field_of(3, hidden), regularizers=dict.fromkeys(names, 0.3), **kind):
+        x = points(19, 3).requires_grad_()
+        keywords = {} if "divergence" in kind else {"seed": 3}
+        z, logdet = (flow.inverse if inverse else flow)(x, **keywords)
+        values = list(flow.stats.regularizers.values())
+        assert list(flow.stats.regularizers) == list(names)
+        loss = z.sum() + logdet.sum() + sum((v * points(19, 1, seed=i)[:, 0]).sum()
+                                            for i, v in enumerate(values))  # fmt: skip
+        gradients = torch.autograd.grad(loss, [x, *flow.field.parameters()])
+        found.append([z, logdet, *values, *gradients])
+    for mine, other in zip(*found, strict=True):
+        scale = max(1.0, other.abs().max().item())
+        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11 * scale)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "rk4"])
+@pytest.mark.parametrize("time", ["t", ("fourier", 4)])
+@pytest.mark.parametrize("kind", [{"divergence": "exact"}, {"regularizers": {"kinetic": 0.1}}])
+def test_gradients_of_the_interval(method, time, kind):
+    found = []
+    options = None if method != "rk4" else {"num_steps": 3}
+    for engine in ("fused", "generic"):
+        ends = [torch.tensor(t, dtype=torch.float64, requires_grad=True) for t in (0.1, 0.9)]
+        field = field_of(time=time)
+        flow = CNF(
+            field, t0=ends[0], t1=ends[1], engine=engine, method=method, options=options, **kind
+        )
+        keywords = {} if "divergence" in kind else {"seed": 3}
+        z, logdet = flow(points(21), **keywords)
+        loss = (
+            z.square().sum()
+            + logdet.sum()
+            + sum(value.sum() for value in flow.stats.regularizers.values())
+        )
+        found.append(torch.autograd.grad(loss, [*ends, *field.parameters()]))
+    for mine, other in zip(*found, strict=True):
+        scale = max(1.0, other.abs().max().item())
+        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11 * scale)
 
 
 @pytest.mark.parametrize(
@@ -207,5 +263,3 @@ def test_what_the_fused_engine_does_not_run():
         CNF(MLP(2, layer="hyper"), engine="fused")
     with pytest.raises(ValueError, match="gradient='continuous' runs on the generic engine"):
         CNF(MLP(2), engine="fused", gradient="continuous")
-    with pytest.raises(ValueError, match="gradients of t0 and t1"):
-        CNF(MLP(2), engine="fused", t1=nn.Parameter(torch.ones(())))

@@ -13,14 +13,14 @@ constexpr double kClose = 1e-10;
 constexpr double kTiny = 1e-13;
 
 struct StepControl {
-  double rtol;
-  double atol;
-  double first_step;  // 0: Hairer's
-  double max_step;
-  double safety;
-  double ifactor;
-  double dfactor;
-  int64_t max_num_steps;
+  double rtol = 0;
+  double atol = 0;
+  double first_step = 0;  // 0: Hairer's
+  double max_step = 0;
+  double safety = 0;
+  double ifactor = 0;
+  double dfactor = 0;
+  int64_t max_num_steps = 0;
 };
 
 // What the next attempt's step is of this one's, given this one's error norm.

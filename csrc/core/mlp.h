@@ -49,11 +49,26 @@ struct Mlp {
   MlpLayer<T> layer[kMaxLayers];
 };
 
-// What a layer does to time: h = s∘(W a + b) + c.
+// What a layer does to time: h = s∘(W a + b) + c. Each number stands for the whole batch, or is one
+// for each sample of a tile where samples have times of their own.
 template <typename T>
 struct TimedLayer {
-  const T* gate;   // s [out] or null
-  const T* shift;  // s∘b + c [out]
+  const T* gate;        // s [out], ones without a gate
+  const T* shift;       // s∘b + c [out]
+  const T* gate_rate;   // g τ' [out], the time derivative of what the gate squashes; or null
+  const T* shift_rate;  // v τ' [out]; or null
+};
+
+// The network at a time.
+//
+// The closed form of the divergence with two hidden layers is d₂ᵀ M d₁ with the slopes d = s∘φ' and
+// M = W₂∘N, N = (W₁ diag(s₃) W₃)ᵀ; with one it is Σ d₁∘m, m the diagonal of W₁ diag(s₂) W₂.
+template <typename T>
+struct MlpAt {
+  const TimedLayer<T>* layer;  // [layers]
+  const T* tau;                // [F]
+  const T* mixed;              // M [out of layer 2, padded], or m [padded]; or null
+  const T* unmixed;            // N, like M
 };
 
 // Where a thread adds up the gradient of a layer. The weight's is kept with the wider of the two

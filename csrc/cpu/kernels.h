@@ -26,15 +26,36 @@ struct CpuKernels {
 
 // The fused engine. Functions of a tile take its number and memory for workspace_numbers().
 template <typename T>
-struct CpuMlpTable {
-  int lanes;                                               // samples of a vector
-  int64_t (*kept_numbers)(const MlpSolve<T>& solve);       // of a tile and stage
-  int64_t (*workspace_numbers)(const MlpSolve<T>& solve);  // of a tile
-  void (*time_layers)(const Mlp<T>& field, const T* tau, T* numbers, TimedLayer<T>* timed);
-  MlpNorms (*first_stage)(const MlpSolve<T>&, const MlpAttempt<T>&, int64_t tile, T* memory);
-  MlpNorms (*trial)(const MlpSolve<T>&, const MlpAttempt<T>&, int64_t tile, T* memory);
-  MlpNorms (*attempt)(const MlpSolve<T>&, const MlpAttempt<T>&, int64_t tile, T* memory);
+struct CpuMlpSteps {
+  void (*first_stage)(const MlpSolve<T>&, const MlpAttempt<T>&, int64_t tile, T* memory);
+  void (*trial)(const MlpSolve<T>&, const MlpAttempt<T>&, int64_t tile, T* memory);
+  void (*attempt)(const MlpSolve<T>&, const MlpAttempt<T>&, int64_t tile, T* memory);
   void (*reverse)(const MlpSolve<T>&, const MlpReverseStep<T>&, int64_t tile, T* memory);
+  void (*adjoint_first)(const MlpSolve<T>&, const MlpAdjointAttempt<T>&, int64_t tile, T* memory);
+  void (*adjoint_trial)(const MlpSolve<T>&, const MlpAdjointAttempt<T>&, int64_t tile, T* memory);
+  void (*adjoint_attempt)(const MlpSolve<T>&, const MlpAdjointAttempt<T>&, int64_t tile, T* memory);
+};
+
+template <typename T>
+struct CpuMlpTable {
+  int lanes;  // samples of a vector
+  // Sizes of what the other functions are given.
+  int64_t (*kept_numbers)(const MlpSolve<T>&);  // of a tile and stage
+  int64_t (*workspace_numbers)(const MlpSolve<T>&);
+  // Layers at a time.
+  int64_t (*timed_numbers)(const MlpSolve<T>&);
+  void (*time_layers)(const MlpSolve<T>&, const T* tau, const T* rate, T* numbers,
+                      TimedLayer<T>* timed);
+  // The closed form at a time.
+  int64_t (*mixed_numbers)(const MlpSolve<T>&);
+  int64_t (*mixing_numbers)(const MlpSolve<T>&);
+  void (*mix)(const MlpSolve<T>&, const T* gate, T* unmixed, T* mixed, T* scratch);
+  T (*unmix)(const MlpSolve<T>&, const MlpAt<T>&, T* mixed_bar, const LayerGradient<T>*,
+             T* scratch);
+  CpuMlpSteps<T> shared;  // one time and step for all samples
+  CpuMlpSteps<T> own;     // each sample its own
+  void (*adjoint_quadrature)(const MlpSolve<T>&, const MlpAdjointAttempt<T>&, const T* own_steps,
+                             int64_t tile, T* memory);
 };
 
 struct CpuMlpKernels {

@@ -17,32 +17,48 @@ namespace {
 //
 #include "cpu/mlp_tile.h"
 
-template <typename T>
+template <bool kOwn, typename T>
 constexpr ActivateLayer<T> kActivateLayer[kActivations] = {
-    activate_layer<Activation::kTanh, T>,   activate_layer<Activation::kSoftplus, T>,
-    activate_layer<Activation::kElu, T>,    activate_layer<Activation::kSilu, T>,
-    activate_layer<Activation::kSelu, T>,   activate_layer<Activation::kRelu, T>,
-    activate_layer<Activation::kGelu, T>,   activate_layer<Activation::kSin, T>,
-    activate_layer<Activation::kSquare, T>, activate_layer<Activation::kIdentity, T>,
+    activate_layer<Activation::kTanh, kOwn, T>,   activate_layer<Activation::kSoftplus, kOwn, T>,
+    activate_layer<Activation::kElu, kOwn, T>,    activate_layer<Activation::kSilu, kOwn, T>,
+    activate_layer<Activation::kSelu, kOwn, T>,   activate_layer<Activation::kRelu, kOwn, T>,
+    activate_layer<Activation::kGelu, kOwn, T>,   activate_layer<Activation::kSin, kOwn, T>,
+    activate_layer<Activation::kSquare, kOwn, T>, activate_layer<Activation::kIdentity, kOwn, T>,
 };
 
-template <typename T>
+template <bool kOwn, typename T>
 constexpr ReverseActivation<T> kReverseActivation[kActivations] = {
-    reverse_activation<Activation::kTanh, T>,   reverse_activation<Activation::kSoftplus, T>,
-    reverse_activation<Activation::kElu, T>,    reverse_activation<Activation::kSilu, T>,
-    reverse_activation<Activation::kSelu, T>,   reverse_activation<Activation::kRelu, T>,
-    reverse_activation<Activation::kGelu, T>,   reverse_activation<Activation::kSin, T>,
-    reverse_activation<Activation::kSquare, T>, reverse_activation<Activation::kIdentity, T>,
+    reverse_activation<Activation::kTanh, kOwn, T>,
+    reverse_activation<Activation::kSoftplus, kOwn, T>,
+    reverse_activation<Activation::kElu, kOwn, T>,
+    reverse_activation<Activation::kSilu, kOwn, T>,
+    reverse_activation<Activation::kSelu, kOwn, T>,
+    reverse_activation<Activation::kRelu, kOwn, T>,
+    reverse_activation<Activation::kGelu, kOwn, T>,
+    reverse_activation<Activation::kSin, kOwn, T>,
+    reverse_activation<Activation::kSquare, kOwn, T>,
+    reverse_activation<Activation::kIdentity, kOwn, T>,
 };
 
 #include "cpu/mlp_steps.h"
 //
+#include "cpu/mlp_reverse.h"
+//
+#include "cpu/mlp_adjoint.h"
 #include "cpu/mlp_time.h"
+#include "cpu/mlp_trace.h"
+
+template <bool kOwn, typename T>
+constexpr CpuMlpSteps<T> kSteps = {
+    first_stage<kOwn, T>,   trial<kOwn, T>,         attempt_step<kOwn, T>,    reverse_step<kOwn, T>,
+    adjoint_first<kOwn, T>, adjoint_trial<kOwn, T>, adjoint_attempt<kOwn, T>,
+};
 
 template <typename T>
 constexpr CpuMlpTable<T> kTable = {
-    kLanes<T>,      kept_numbers<T>, workspace_numbers<T>, time_layers<T>,
-    first_stage<T>, trial<T>,        attempt_step<T>,      reverse_step<T>,
+    kLanes<T>,      kept_numbers<T>,  workspace_numbers<T>, timed_numbers<T>,
+    time_layers<T>, mixed_numbers<T>, mixing_numbers<T>,    mix<T>,
+    unmix<T>,       kSteps<false, T>, kSteps<true, T>,      adjoint_quadrature<T>,
 };
 
 }  // namespace

@@ -1,40 +1,64 @@
 // Gates and shifts of all layers at a time. To be included within the namespace of an instruction
 // set only.
 
-// Fills s and s∘b + c of every layer, each padded to whole vectors, and `timed` with where they
-// are; numbers is room for two rows of every layer.
+// Numbers for `time_layers`: four rows of every layer, padded to whole vectors, one number for each
+// output, or for each output and sample where these have times of their own.
 template <typename T>
-void time_layers(const Mlp<T>& field, const T* tau, T* numbers, TimedLayer<T>* timed) {
+int64_t timed_numbers(const MlpSolve<T>& solve) {
+  int64_t outputs = 0;
+  for (int l = 0; l < solve.field.layers; ++l) outputs += padded<T>(solve.field.layer[l].out);
+  return 4 * outputs * (solve.own_times ? solve.vectors * kLanes<T> : 1);
+}
+
+// Fills `timed` and the numbers it points to. tau [F], or [F, samples]; `rate` is τ', or null where
+// no rates are wanted.
+template <typename T>
+void time_layers(const MlpSolve<T>& solve, const T* tau, const T* rate, T* numbers,
+                 TimedLayer<T>* timed) {
+  const Mlp<T>& field = solve.field;
+  const int64_t features = field.time_features;
+  const int64_t per = solve.own_times ? solve.vectors : 0;
   for (int l = 0; l < field.layers; ++l) {
     const auto& layer = field.layer[l];
-    const int64_t width = padded<T>(layer.out);
-    T* gate = numbers;
-    T* shift = numbers + width;
-    numbers += 2 * width;
-    for (int64_t o = 0; o < width; ++o) {
-      T inner = T(0), outer = T(0);
-      if (o < layer.out && layer.gate_weight != nullptr) {
-        inner = layer.gate_bias[o];
-        for (int64_t f = 0; f < field.time_features; ++f) {
-          inner += layer.gate_weight[o * field.time_features + f] * tau[f];
+    const int64_t width = padded<T>(layer.out) * (per > 0 ? per * kLanes<T> : 1);
+    T* rows[4];
+    for (int i = 0; i < 4; ++i, numbers += width) rows[i] = numbers;
+    // Σ_f weight[o, f] times[f], for all outputs (and samples); weight rows `stride` apart.
+    const auto linear = [&](const T* weight, int64_t stride, const T* bias, const T* times,
+                            T* result) {
+      for (int64_t o = 0; o < padded<T>(layer.out); ++o) {
+        const bool real = o < layer.out && weight != nullptr;
+        const T start = real && bias != nullptr ? bias[o] : T(0);
+        for (int64_t v = 0; v < per; ++v) {
+          Vec<T> sum = splat(start);
+          for (int64_t f = 0; real && f < features; ++f) {
+            sum += load(times, (f * per + v) * kLanes<T>) * weight[o * stride + f];
+          }
+          *vectors_at(result, (o * per + v) * kLanes<T>) = sum;
         }
+        if (per > 0) continue;
+        T sum = start;
+        for (int64_t f = 0; real && f < features; ++f) sum += weight[o * stride + f] * times[f];
+        result[o] = sum;
       }
-      if (o < layer.out && layer.shift_weight != nullptr) {
-        for (int64_t f = 0; f < field.time_features; ++f) {
-          outer += layer.shift_weight[o * layer.shift_stride + f] * tau[f];
-        }
-      }
-      gate[o] = inner;
-      shift[o] = outer;
+    };
+    linear(layer.gate_weight, features, layer.gate_bias, tau, rows[0]);
+    linear(layer.shift_weight, layer.shift_stride, nullptr, tau, rows[1]);
+    if (rate != nullptr) {
+      linear(layer.gate_weight, features, nullptr, rate, rows[2]);
+      linear(layer.shift_weight, layer.shift_stride, nullptr, rate, rows[3]);
     }
-    if (layer.gate_weight != nullptr) {
-      for (int64_t o = 0; o < width; o += kLanes<T>) {
-        *vectors(gate + o) = sigmoid<T>(*vectors(gate + o));
-      }
+    for (int64_t i = 0; i < width; i += kLanes<T>) {
+      Vec<T>* gate = vectors_at(rows[0], i);
+      *gate = layer.gate_weight != nullptr ? sigmoid<T>(*gate) : splat(T(1));
     }
+    const int64_t numbers_of_output = per > 0 ? per * kLanes<T> : 1;
     for (int64_t o = 0; o < layer.out && layer.bias != nullptr; ++o) {
-      shift[o] += layer.gate_weight != nullptr ? gate[o] * layer.bias[o] : layer.bias[o];
+      for (int64_t i = o * numbers_of_output; i < (o + 1) * numbers_of_output; ++i) {
+        rows[1][i] += rows[0][i] * layer.bias[o];
+      }
     }
-    timed[l] = {layer.gate_weight != nullptr ? gate : nullptr, shift};
+    timed[l] = {rows[0], rows[1], rate != nullptr ? rows[2] : nullptr,
+                rate != nullptr ? rows[3] : nullptr};
   }
 }

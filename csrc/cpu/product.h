@@ -1,8 +1,8 @@
 // The three products of a layer over a tile of samples. To be included within the namespace of an
 // instruction set only.
 //
-// A tile is feature-major: feature f of column c is the vector x[f * columns + c], one sample a
-// lane. Columns are values and tangents side by side; to a product they are all the same.
+// A tile is feature-major: feature f of column c is the vector x[f * stride + c], one sample a lane.
+// Columns are values and tangents side by side; to a product they are all the same.
 
 // Outputs that are accumulated together, beside two columns: as many as the registers hold.
 #if PYCNF_VECTOR_BYTES == 64
@@ -21,14 +21,14 @@ struct Matrix {
 };
 
 template <typename T, int kOut, int kCol>
-PYCNF_HD void product_block(const Matrix<T>& w, const Vec<T>* x, int64_t in, int64_t columns,
-                            Vec<T>* y) {
+PYCNF_HD void product_block(const Matrix<T>& w, const Vec<T>* x, int64_t x_stride, int64_t in,
+                            Vec<T>* y, int64_t y_stride) {
   Vec<T> sum[kOut][kCol] = {};
   const T* row = w.data;
   for (int64_t i = 0; i < in; ++i) {
     Vec<T> a[kCol];
 #pragma GCC unroll 4
-    for (int c = 0; c < kCol; ++c) a[c] = x[i * columns + c];
+    for (int c = 0; c < kCol; ++c) a[c] = x[i * x_stride + c];
 #pragma GCC unroll 8
     for (int o = 0; o < kOut; ++o) {
       const Vec<T> weight = splat(row[o * w.row]);
@@ -40,53 +40,53 @@ PYCNF_HD void product_block(const Matrix<T>& w, const Vec<T>* x, int64_t in, int
 #pragma GCC unroll 8
   for (int o = 0; o < kOut; ++o) {
 #pragma GCC unroll 4
-    for (int c = 0; c < kCol; ++c) y[o * columns + c] = sum[o][c];
+    for (int c = 0; c < kCol; ++c) y[o * y_stride + c] = sum[o][c];
   }
 }
 
 template <typename T, int kOut>
-PYCNF_HD void product_rows(const Matrix<T>& w, const Vec<T>* x, int64_t in, int64_t columns,
-                           int64_t first, int64_t last, Vec<T>* y) {
-  int64_t c = first;
-  for (; c + kColumns <= last; c += kColumns) {
-    product_block<T, kOut, kColumns>(w, x + c, in, columns, y + c);
+PYCNF_HD void product_rows(const Matrix<T>& w, const Vec<T>* x, int64_t x_stride, int64_t in,
+                           int64_t count, Vec<T>* y, int64_t y_stride) {
+  int64_t c = 0;
+  for (; c + kColumns <= count; c += kColumns) {
+    product_block<T, kOut, kColumns>(w, x + c, x_stride, in, y + c, y_stride);
   }
-  if (c < last) product_block<T, kOut, 1>(w, x + c, in, columns, y + c);
+  if (c < count) product_block<T, kOut, 1>(w, x + c, x_stride, in, y + c, y_stride);
 }
 
-// y[o] = Σ_i w(o, i) x[i] for columns [first, last) of `columns`.
+// y[o] = Σ_i w(o, i) x[i] for `count` columns; rows of x and y are their strides apart.
 template <typename T>
-void product(const Matrix<T>& w, int64_t out, int64_t in, const Vec<T>* x, int64_t columns,
-             int64_t first, int64_t last, Vec<T>* y) {
+void product(const Matrix<T>& w, int64_t out, int64_t in, const Vec<T>* x, int64_t x_stride,
+             int64_t count, Vec<T>* y, int64_t y_stride) {
   int64_t o = 0;
   for (; o + kOutputs <= out; o += kOutputs) {
-    product_rows<T, kOutputs>({w.data + o * w.row, w.row, w.column}, x, in, columns, first, last,
-                              y + o * columns);
+    product_rows<T, kOutputs>({w.data + o * w.row, w.row, w.column}, x, x_stride, in, count,
+                              y + o * y_stride, y_stride);
   }
   const Matrix<T> rest = {w.data + o * w.row, w.row, w.column};
   switch (out - o) {
     case 0:
       break;
     case 1:
-      product_rows<T, 1>(rest, x, in, columns, first, last, y + o * columns);
+      product_rows<T, 1>(rest, x, x_stride, in, count, y + o * y_stride, y_stride);
       break;
     case 2:
-      product_rows<T, 2>(rest, x, in, columns, first, last, y + o * columns);
+      product_rows<T, 2>(rest, x, x_stride, in, count, y + o * y_stride, y_stride);
       break;
     case 3:
-      product_rows<T, 3>(rest, x, in, columns, first, last, y + o * columns);
+      product_rows<T, 3>(rest, x, x_stride, in, count, y + o * y_stride, y_stride);
       break;
     case 4:
-      product_rows<T, 4>(rest, x, in, columns, first, last, y + o * columns);
+      product_rows<T, 4>(rest, x, x_stride, in, count, y + o * y_stride, y_stride);
       break;
     case 5:
-      product_rows<T, 5>(rest, x, in, columns, first, last, y + o * columns);
+      product_rows<T, 5>(rest, x, x_stride, in, count, y + o * y_stride, y_stride);
       break;
     case 6:
-      product_rows<T, 6>(rest, x, in, columns, first, last, y + o * columns);
+      product_rows<T, 6>(rest, x, x_stride, in, count, y + o * y_stride, y_stride);
       break;
     default:
-      product_rows<T, 7>(rest, x, in, columns, first, last, y + o * columns);
+      product_rows<T, 7>(rest, x, x_stride, in, count, y + o * y_stride, y_stride);
   }
 }
 
@@ -183,19 +183,18 @@ PYCNF_HD void outer_rows(const T* u, int64_t u_stride, const T* a, int64_t strid
   }
 }
 
-// sum[p, q] += Σ_r u[p, r] a[r, q] over `samples` (columns and lanes), u feature-major and a
-// sample-major; rows of `sum` are `sum_stride` long, whole vectors.
+// sum[p, q] += Σ_r u[p, r] a[r, q] over `samples` (columns and lanes), u feature-major with rows
+// `u_stride` numbers apart and a sample-major; rows of `sum` are `sum_stride` long, whole vectors.
 template <typename T>
-void outer(const Vec<T>* u, int64_t rows, const T* a, int64_t stride, int64_t samples, T* sum,
-           int64_t sum_stride) {
-  const T* numbers = reinterpret_cast<const T*>(u);
+void outer(const T* u, int64_t u_stride, int64_t rows, const T* a, int64_t stride, int64_t samples,
+           T* sum, int64_t sum_stride) {
   int64_t p = 0;
   for (; p + kOutputs <= rows; p += kOutputs) {
-    outer_rows<T, kOutputs>(numbers + p * samples, samples, a, stride, samples,
-                            sum + p * sum_stride, sum_stride);
+    outer_rows<T, kOutputs>(u + p * u_stride, u_stride, a, stride, samples, sum + p * sum_stride,
+                            sum_stride);
   }
   for (; p < rows; ++p) {
-    outer_rows<T, 1>(numbers + p * samples, samples, a, stride, samples, sum + p * sum_stride,
+    outer_rows<T, 1>(u + p * u_stride, u_stride, a, stride, samples, sum + p * sum_stride,
                      sum_stride);
   }
 }

@@ -59,6 +59,17 @@ PYCNF_HD Vec<T>* vectors(T* x) {
   return reinterpret_cast<Vec<T>*>(x);
 }
 
+// The vector that begins at x[i]; of whole vectors only.
+template <typename T>
+PYCNF_HD Vec<T>* vectors_at(T* x, int64_t i) {
+  return vectors(x + i);
+}
+
+template <typename T>
+PYCNF_HD Vec<T> load(const T* x, int64_t i) {
+  return *reinterpret_cast<const Vec<T>*>(x + i);
+}
+
 // e^r - 1 = r (1 + r/2! + r²/3! + …) on |r| <= log(2)/2.
 template <typename T>
 PYCNF_HD Vec<T> expm1_near_zero(Vec<T> r) {

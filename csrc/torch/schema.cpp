@@ -56,25 +56,28 @@ TORCH_LIBRARY(pycnf, m) {
 
   // ---- the fused engine: a flow whose field is a multilayer perceptron (core/mlp.h) -------------
   //
-  // `parameters`: weight, bias, gate_weight, gate_bias, shift_weight of every layer. `activation`:
-  // its place in pycnf.nn.activation.ACTIVATIONS. `fourier`: F, 0 for t itself. `probe` [K, B, D];
-  // none, and no `unit_probes` (the exact divergence): no divergence. `context` [B, width of the
-  // first layer]: added to its product. `sign`: of the divergence in the logdet's derivative.
+  // What is solved, by all of its ops: `probe` [K, B, D], where the divergence comes from probes.
+  // `context` [B, width of the first layer]: added to its product. `parameters`: weight, bias,
+  // gate_weight, gate_bias, shift_weight of every layer. `kind`: the activation, by its place in
+  // pycnf.nn.activation.ACTIVATIONS; F, 0 for t itself; the divergence (Divergence in mlp_setup.h);
+  // whether there is a row for the kinetic energy; and for the Jacobian norm. `weights`: the sign of
+  // the divergence in the logdet's derivative; and of those two rows, with the direction of time.
+  // Extras [E, B] are the logdet and the regularizers. `control`: the fields of StepControl in
+  // core/control.h; `grid`: times of a fixed-step method. Reports: Report in mlp_loop.h.
 
-  // Solves from start to end. `control`: the fields of StepControl in core/control.h; `grid`: times
-  // of a fixed-step method. `keep_bytes`: for the stages of the tape, -1 for no tape. Returns z,
-  // logdet, a report (Report in mlp_solve_cpu.cpp), and the tape: accepted (t, h, t_next) [N, 3],
-  // the N states that they begin with, and N + 1 blocks of kept stages.
+  // Solves from start to end. `keep_bytes`: for the stages of the tape, -1 for no tape. Returns z,
+  // the extras, a report, and the tape: accepted (t, h, t_next) [N, 3], the N states that they begin
+  // with, and N + 1 blocks of kept stages.
   m.def(
-      "mlp_solve(Tensor x, Tensor? probe, Tensor? context, Tensor?[] parameters, int activation, "
-      "int fourier, str method, bool unit_probes, float sign, float start, float end, "
-      "float[] control, float[] grid, int keep_bytes) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+      "mlp_solve(Tensor x, Tensor? probe, Tensor? context, Tensor?[] parameters, str method, "
+      "int[] kind, float[] weights, float start, float end, float[] control, float[] grid, "
+      "int keep_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])");
 
   // The exact gradient of the accepted steps, their sizes constant: of x, of the context (empty
-  // without) and of the parameters (empty where there is none).
+  // without), of the parameters (empty where there is none) and, if wanted, of every step's t and h
+  // [N, 2].
   m.def(
-      "mlp_solve_backward(Tensor z_bar, Tensor? logdet_bar, Tensor? probe, Tensor? context, "
-      "Tensor?[] parameters, int activation, int fourier, str method, bool unit_probes, "
-      "float sign, Tensor times, Tensor[] states, Tensor[] kept) -> (Tensor, Tensor, Tensor[])");
+      "mlp_solve_backward(Tensor z_bar, Tensor? extras_bar, Tensor? probe, Tensor? context, "
+      "Tensor?[] parameters, str method, int[] kind, float[] weights, Tensor times, "
+      "Tensor[] states, Tensor[] kept, bool need_times) -> (Tensor, Tensor, Tensor[], Tensor)");
 }

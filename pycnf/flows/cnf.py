@@ -64,9 +64,9 @@ class CNF(nn.Module):
         max_num_steps: Largest number of attempted steps of an adaptive method.
         gradient: "discrete", "continuous", "seminorm" or "autograd".
         steps: "shared" by the batch or "per-sample"; then "continuous" means "seminorm".
-        engine: "generic" runs any field; "fused" runs an `MLP` on the CPU in f32 and f64 with
-            shared steps and a discrete gradient, which it cannot differentiate again; "auto" is
-            the generic one so far. `explain()` says which it is and why.
+        engine: "fused" runs an `MLP` on the CPU in f32 and f64, a whole solve in one call into
+            compiled code; "generic" runs any field; "auto" takes the fused one where it can.
+            `explain()` says which it is and why.
         base: Distribution with `log_prob` [B, D] -> [B] and `sample`; None for N(0, I).
         regularizers: Weights of "kinetic", ∫‖f‖² dt, and "jacobian", ∫‖∂f/∂z‖_F² dt (RNODE, Finlay
             et al. 2020), left in `stats.regularizers` by each solve with a logdet. They are
@@ -282,14 +282,14 @@ class CNF(nn.Module):
     def explain(self) -> str:
         """One sentence: which engine runs this flow, and why."""
         self._check()
-        if self.engine == "fused":
+        why = self._why_not_fused()
+        if self.engine != "generic" and why is None:
             return (
-                "The fused engine (the whole solve in compiled code): engine='fused' was asked for."
+                "The fused engine (a whole solve in one call into compiled code): the field is an "
+                f"MLP that it knows, on the CPU in {_tensor_of(self.field).dtype}."
             )
         if self.engine == "generic":
             why = "engine='generic' was asked for"
-        else:
-            why = self._why_not_fused() or "the fused engine is still asked for by engine='fused'"
         return f"The generic engine (compiled Runge-Kutta steps around the field's code): {why}."
 
     def extra_repr(self) -> str:
@@ -358,11 +358,9 @@ class CNF(nn.Module):
         why = why_not_fused(self.field)
         if why is not None:
             return why
-        for name, value in (("steps", "shared"), ("gradient", "discrete"), ("regularizers", {})):
+        for name, value in (("steps", "shared"), ("gradient", "discrete")):
             if getattr(self, name) != value:
                 return f"{name}={getattr(self, name)!r} runs on the generic engine"
-        if any(isinstance(t, Tensor) and t.requires_grad for t in (self.t0, self.t1)):
-            return "gradients of t0 and t1 need the generic engine"
         like = _tensor_of(self.field)
         if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
             return (
@@ -501,8 +499,8 @@ class CNF(nn.Module):
             if problem.per_sample and not self._times_checked and x.shape[0]:
                 check_time_per_sample(problem, x, context)
                 self._times_checked = True
-            if self.engine == "fused":
-                return solve_fused(problem, x, context)
+            if self.engine != "generic" and self._why_not_fused() is None:
+                return solve_fused(problem, x, context, start, end)
             if not torch.is_inference_mode_enabled():
                 return solve(problem, x, context, start, end)
             # A divergence by vector-Jacobian products needs a graph, which inference mode refuses.

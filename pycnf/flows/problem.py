@@ -1,6 +1,6 @@
 """What is to be solved: one flow, one direction, one batch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -55,3 +55,7 @@ class Problem:
     def extras(self) -> int:
         """Number of extra states per sample."""
         return 1 + len(self.regularizers) if self.divergence else 0
+
+    def on(self, field: VectorField) -> "Problem":
+        """The same problem with another field, its counts going to the same stats."""
+        return replace(self, field=field)

@@ -47,6 +47,16 @@ class Step:
     h_slope: tuple[float, float] = (0.0, 0.0)
 
 
+def slopes(
+    control: AdaptiveControl | FixedControl, i: int, count: int
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """How step i of `count` moves with the ends of the interval: its t and its h."""
+    if isinstance(control, FixedControl) and control.num_steps is not None:
+        ahead = i / count
+        return (1 - ahead, ahead), (-1 / count, 1 / count)
+    return (1.0, 0.0), ((-1.0, 1.0) if i == count - 1 else (0.0, 0.0))
+
+
 class System(Protocol):
     """A system of differential equations with a flat state.
 
@@ -137,12 +147,7 @@ class _Fixed:
     ) -> Outcome:
         count = len(grid) - 1
         for i, (t, t_next) in enumerate(pairwise(grid)):
-            if control.num_steps is not None:
-                ahead = i / count
-                slopes = (1 - ahead, ahead), (-1 / count, 1 / count)
-            else:
-                slopes = (1.0, 0.0), ((-1.0, 1.0) if i == count - 1 else (0.0, 0.0))
-            step = Step(t, t_next - t, t_next, *slopes)
+            step = Step(t, t_next - t, t_next, *slopes(control, i, count))
             y1 = self._step(y, step, first if i == 0 else None)
             if not torch.isfinite(y1).all():
                 raise SolveError(

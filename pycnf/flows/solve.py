@@ -55,7 +55,7 @@ def solve(
         tape: Tape = []
         run(dynamics, x, context, tape, beginning)
         before = dynamics.evaluations
-        outputs = replay(dynamics, tape, x, context, _shifts(start, end))
+        outputs = replay(dynamics, tape, x, context, shifts_of(start, end))
         problem.stats.nfe_forward += dynamics.evaluations - before
         return outputs
     function = _Discrete if problem.gradient == "discrete" else _Adjoint
@@ -135,7 +135,7 @@ def replay(
     return tuple(state)
 
 
-def _shifts(start: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def shifts_of(start: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Zeros that move with the ends of the interval, in f64; None where neither end does."""
     if start is None and end is None:
         return None
@@ -174,24 +174,34 @@ class _Discrete(torch.autograd.Function):
         dynamics = ctx.dynamics
         before = dynamics.evaluations
         with torch.autocast(x.device.type, enabled=False):
-            differentiate = _replayed_gradient if torch.is_grad_enabled() else _taped_gradient
-            gradients = differentiate(ctx, x, context, start, end, cotangents)
+            if torch.is_grad_enabled():
+                inputs = [x, context, start, end, *ctx.parameters]
+                needs = ctx.needs_input_grad[3:]
+                gradients = replayed_gradient(dynamics, ctx.tape, inputs, needs, cotangents)
+            else:
+                gradients = _taped_gradient(ctx, x, context, cotangents)
         dynamics.problem.stats.nfe_backward += dynamics.evaluations - before
         return None, None, None, *gradients
 
 
-def _replayed_gradient(
-    ctx: Any,
-    x: Tensor,
-    context: Tensor | None,
-    start: Tensor | None,
-    end: Tensor | None,
+def replayed_gradient(
+    dynamics: Dynamics,
+    tape: Tape,
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The gradient as a differentiable function of everything."""
-    outputs = replay(ctx.dynamics, ctx.tape, x, context, _shifts(start, end))
-    inputs = [x, context, start, end, *ctx.parameters]
-    needs = ctx.needs_input_grad[3:]
+    """The gradient of a solve as a differentiable function of everything.
+
+    Args:
+        dynamics: Right-hand side.
+        tape: The accepted steps.
+        inputs: x, context, start, end and the tensors that the field computes with.
+        needs: Which of them need a gradient.
+        cotangents: Of z and the extras.
+    """
+    x, context, start, end, *_ = inputs
+    outputs = replay(dynamics, tape, x, context, shifts_of(start, end))
     pairs = [(o, c) for o, c in zip(outputs, cotangents) if c is not None and o.requires_grad]
     found = iter(
         torch.autograd.grad(
@@ -206,12 +216,7 @@ def _replayed_gradient(
 
 
 def _taped_gradient(
-    ctx: Any,
-    x: Tensor,
-    context: Tensor | None,
-    start: Tensor | None,
-    end: Tensor | None,
-    cotangents: Sequence[Tensor | None],
+    ctx: Any, x: Tensor, context: Tensor | None, cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """The gradient step by step, last step first."""
     dynamics, parameters = ctx.dynamics, ctx.parameters

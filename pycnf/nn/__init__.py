@@ -2,7 +2,8 @@
 
 from .activation import ACTIVATIONS
 from .divergence import value_and_divergence
+from .fusion import fuse
 from .layers import LAYERS
 from .mlp import MLP
 
-__all__ = ["ACTIVATIONS", "LAYERS", "MLP", "value_and_divergence"]
+__all__ = ["ACTIVATIONS", "LAYERS", "MLP", "fuse", "value_and_divergence"]

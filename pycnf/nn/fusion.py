@@ -1,16 +1,33 @@
-"""Which engine can run a field, and the reason in a sentence."""
+"""Which fields the fused engine runs: pycnf's networks, and modules that compute the same thing.
 
-from torch import nn
+A module written elsewhere is recognised by its submodules and then by its numbers: it is called
+with random parameters, and has to return what its layers do in a row. So neither the names of its
+classes nor the parameters it has today (zeros in the last layer, say) decide.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from .divergence import VectorField, has_forward_mode
-from .layers import LAYERS_OF_PLAIN_TIME
-from .mlp import MLP
+from .layers import LAYERS, Parts, TimeLayer
+from .mlp import MLP, TimeFeatures
 
 MOST_LAYERS = 16  # kMaxLayers in csrc/core/mlp.h
+
+TIMES = ("none", "first", "last")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def why_not_fused(field: VectorField) -> str | None:
     """One sentence saying what keeps the fused engine from running this field; None if it can.
+
+    `recognise` finds an `MLP` in a field that is none.
 
     Example:
         >>> why_not_fused(MLP(2, layer="blend"))
@@ -20,13 +37,256 @@ def why_not_fused(field: VectorField) -> str | None:
         return f"the field is a plain callable ({type(field).__name__}), not a pycnf.nn.MLP"
     if not isinstance(field, MLP):
         return f"the field is a {type(field).__name__}, not a pycnf.nn.MLP"
-    if not has_forward_mode(field):
+    if not has_forward_mode(field) or _hooked(field) is not None:
         return "the field is an MLP with hooks or with a forward of its own"
-    for name in field.layer:
-        if name in LAYERS_OF_PLAIN_TIME:
+    for layer in field.layers:
+        parts = layer.parts()
+        if parts is None:
+            names = {kind: name for name, kind in LAYERS.items()}
+            name = names.get(type(layer), type(layer).__name__)
             return f"the field has a {name!r} layer, whose weights depend on time"
+        if parts.weight.shape[1] > 1 and parts.weight.stride(1) != 1:
+            return "the field has a weight whose rows are not contiguous in memory"
     if len(field.layers) > MOST_LAYERS:
         return (
             f"the field has {len(field.layers)} layers and the fused engine at most {MOST_LAYERS}"
         )
     return None
+
+
+def fuse(module: Callable[..., Any], time: str | None = None) -> MLP:
+    """The `MLP` that computes what a module of another make does, with the module's own parameters.
+
+    Recognised are, with biases or without, and with one of Tanh, Softplus, ELU, SiLU, SELU, ReLU
+    and GELU between the Linear layers:
+
+    * an `nn.Sequential`, and any module of one argument with one Sequential in it: its input is z,
+      or t and z side by side, as `time` says;
+    * any module f(t, z) with one Sequential in it that gets z, or t and z side by side: which, is
+      found out (TorchCFM's `torch_wrapper(MLP(...))`, for one);
+    * FFJORD's `ODEnet`, and the `ODEfunc` around one, with its layers ignore, concat, concat_v2,
+      squash and concatsquash;
+    * `zuko.flows.CNF(...).transform`, whose field is its method `f`, with context or without.
+
+    Nothing is copied: a step of an optimizer, `load_state_dict` and `.to` on the module are seen by
+    the field, and the field's gradients arrive at the module's parameters. The module itself is
+    called here, a few times, to compare values, and never again: what its forward is
+    made to do later, and hooks registered later, the field does not know.
+
+    Args:
+        module: The module.
+        time: For a module of one argument, where its input has t: "none", "first" or "last". None
+            for a module f(t, z), and for a Sequential with as many inputs as outputs.
+
+    Returns:
+        A field f(t, z), f(t, z, context) for one with context.
+
+    Raises:
+        ValueError: The module is not recognised, and why; or `time` is not as described.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 2))
+        >>> flow = CNF(fuse(net, time="last"))
+    """
+    if time is not None and time not in TIMES:
+        raise ValueError(f"time: got {time!r}, expected None or one of {', '.join(TIMES)}")
+    if isinstance(getattr(module, "diffeq", None), nn.Module) and hasattr(module, "before_odeint"):
+        # FFJORD's ODEfunc, which adds the divergence to a field of this name.
+        if getattr(module, "residual", False):
+            raise ValueError("module: an ODEfunc with residual=True subtracts z from its field")
+        module = module.diffeq
+    elif _frequencies(module) is not None and callable(getattr(module, "f", None)):
+        module = module.f
+    try:
+        if time is None and not _is_plain(module):
+            return _recognise(module)
+        return _recognise_plain(module, time)
+    except _NotRecognised as why:
+        raise ValueError(f"module: {why}") from None
+
+
+def recognise(field: VectorField) -> MLP | str:
+    """The `MLP` that computes what a field f(t, z) does, or one sentence saying why there is none.
+
+    An `MLP` is returned as it is, and any other module as by `fuse`, except that it must be called
+    as f(t, z); so must a method of a module. Leaves the random generators and the attributes of
+    the module (a count of evaluations, say) as they were.
+    """
+    if isinstance(field, MLP):
+        return field
+    try:
+        if _is_plain(field):
+            raise _NotRecognised(
+                f"the field is a {type(field).__name__}, a function of one argument: "
+                "pycnf.nn.fuse(field) makes it one of t and z"
+            )
+        return _recognise(field)
+    except _NotRecognised as why:
+        return str(why)
+
+
+def fingerprint(field: VectorField) -> tuple[int, ...]:
+    """Changes when a submodule is replaced or a hook comes or goes, and `recognise` may with it."""
+    module = _owner(field)
+    if module is None:
+        return (id(field),)
+    return tuple(
+        number
+        for part in module.modules()
+        for number in (id(part), sum(len(getattr(part, hooks)) for hooks in HOOKS))
+    )
+
+
+def _owner(field: VectorField) -> nn.Module | None:
+    """The module itself, or the one that a method belongs to."""
+    module = field if isinstance(field, nn.Module) else getattr(field, "__self__", None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _is_plain(field: VectorField) -> bool:
+    """Whether this is a network of one argument by its type."""
+    return _is_linear(field) or (
+        isinstance(field, nn.Sequential) and type(field).forward is nn.Sequential.forward
+    )
+
+
+def _hooked(module: nn.Module) -> str | None:
+    """The name of a submodule with hooks; "" for the module itself, None for none."""
+    for name, part in module.named_modules():
+        if any(getattr(part, hooks) for hooks in HOOKS):
+            return name
+    return None
+
+
+def _recognise(field: VectorField) -> MLP:
+    """The field that a callable f(t, z) is."""
+    module = _owner(field)
+    if module is None:
+        raise _NotRecognised(f"the field is a plain callable ({type(field).__name__}), no module")
+    _check(module)
+    name, network = _network(module)
+    if _is_odenet(network):
+        candidates = [_of_odenet(name, network)]
+    else:
+        freqs = _frequencies(module)
+        if freqs is not None:
+            multiples = torch.arange(1, len(freqs) + 1, dtype=freqs.dtype).to(freqs) * math.pi
+            if not torch.allclose(freqs, multiples, 10 * torch.finfo(freqs.dtype).eps, 0.0):
+                raise _NotRecognised(
+                    f"the field's frequencies are not π, 2π, … as {freqs.dtype} has them"
+                )
+        count = 0 if freqs is None else len(freqs)
+        candidates = _of_sequence(name, network, None, count)
+    return _choose(field, module, candidates)
+
+
+def _recognise_plain(field: VectorField, time: str | None) -> MLP:
+    """The field that a module of one argument is."""
+    module = _owner(field)
+    if module is None:
+        raise _NotRecognised(f"got a plain callable ({type(field).__name__}), expected a module")
+    _check(module)
+    name, network = _network(module)
+    if _is_odenet(network):
+        raise _NotRecognised(f"{_called(name)} is an ODEnet, a function of t and z: leave out time")
+    candidates = _of_sequence(name, network, time, 0)
+    if len(candidates) > 1:
+        raise _NotRecognised(
+            f"the field has one input more than its {candidates[0].features} outputs: say "
+            "time='first' or time='last'"
+        )
+    place = candidates[0].layers[0].time
+
+    def call(t: Tensor, z: Tensor) -> Tensor:
+        column = t.expand(z.shape[0], 1)
+        inputs = {"none": [z], "first": [column, z], "last": [z, column]}[place]
+        return field(torch.cat(inputs, 1))
+
+    return _choose(call, module, candidates)
+
+
+# ---- what the numbers say ----------------------------------------------------------------------
+
+
+class _Together(nn.Module):
+    """A module's field and its candidates as one function of the module's parameters."""
+
+    def __init__(self, module: nn.Module, functions: list[VectorField]) -> None:
+        super().__init__()
+        self.module = module
+        self.functions = functions  # in a list, so no submodules: each parameter has one name
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        return [function(*(x.clone() for x in inputs)) for function in self.functions]
+
+
+@contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """Undoes what calls do to the attributes of a module: counters, caches."""
+    before = [(part, dict(vars(part))) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes in before:
+            vars(part).clear()
+            vars(part).update(attributes)
+
+
+def _choose(field: VectorField, module: nn.Module, candidates: list[MLP]) -> MLP:
+    """The candidate whose values are the field's, at random parameters, states and times.
+
+    Random parameters, because under the real ones candidates may agree that do not later: a last
+    layer of zeros is how many fields begin.
+    """
+    like = next(module.parameters())
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(like)
+
+    parameters = {
+        f"module.{name}": draw(*p.shape) / max(1, math.prod(p.shape[1:])) ** 0.5
+        for name, p in module.named_parameters()
+    }
+    rows, features, context = 8, candidates[0].features, candidates[0].context
+    sizes = torch.logspace(-2, 1, rows).unsqueeze(1).to(like)
+    together = _Together(module, [field, *candidates])
+    agree = [True] * len(candidates)
+    # A few digits short of the dtype's, as the order of sums may differ: 7e-5 in f32.
+    tolerance = torch.finfo(like.dtype).eps ** 0.6
+    devices = [like.device] if like.device.type == "cuda" else []
+    with (
+        torch.no_grad(),
+        torch.autocast(like.device.type, enabled=False),
+        torch.random.fork_rng(devices),
+        _as_it_was(module),
+    ):
+        for time in (0.0, 1.0, 0.37, -1.6):
+            inputs = [torch.tensor(time).to(like), draw(rows, features) * sizes]
+            if context:
+                inputs.append(draw(rows, context))
+            try:
+                # Parameters have one name each here and are swapped where they are; tying them
+                # would swap those of a module found twice, and restore one of the two.
+                value, *others = functional_call(
+                    together, parameters, tuple(inputs), tie_weights=False
+                )
+            except Exception as error:
+                raise _NotRecognised(
+                    f"calling the field raised {type(error).__name__}: {error}"
+                ) from None
+            if not isinstance(value, Tensor) or value.shape != inputs[1].shape:
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else _a(value)
+                raise _NotRecognised(f"calling the field returned {got}, expected z's shape")
+            scale = value.abs().amax(1, keepdim=True) * tolerance
+            agree = [
+                good and bool(((other - value).abs() <= scale).all())
+                for good, other in zip(agree, others)
+            ]
+    if not any(agree):
+        where = {"none": "of z", "first": "of [t; z]", "last": "of [z; t]"}
+        tried = " or ".join(where[c.layers[0].time] for c in candidates)
+        raise _NotRecognised(
+            f"the field's forward computes something else than its layers in a row do {tried}"
+        )
+    return candidates[agree.index(True)]

@@ -8,6 +8,7 @@ values, tangents and their gradients are then one code for all layer types.
 import difflib
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,8 +93,29 @@ def _parameter(*shape: int, fan_in: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
+class Parts(NamedTuple):
+    """The tensors of a layer h = s∘(W a + b) + c whose gate is s = σ(g τ + q) and shift c = v τ.
+
+    Attributes:
+        weight: W [out, in].
+        bias: b [out]; None for zero.
+        gate_weight: g, [out] for t itself and [out, F] for Fourier features; None for s = 1.
+        gate_bias: q [out]; None for zero.
+        shift_weight: v, [out] or [out, F]; None for c = 0.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    gate_weight: Tensor | None = None
+    gate_bias: Tensor | None = None
+    shift_weight: Tensor | None = None
+
+
 class TimeLayer(nn.Module):
-    """A linear layer whose map depends on time; subclasses are the rows of `LAYERS`.
+    """A linear layer whose map depends on time.
+
+    A subclass says what its parameters are and either its `parts` or, where these cannot say it,
+    its `affine`.
 
     Args:
         in_features: Width of the input.
@@ -121,6 +143,14 @@ class TimeLayer(nn.Module):
     def make_parameters(self) -> None:
         raise NotImplementedError
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def parts(self) -> Parts | None:
+        """The layer's tensors as they are now; None where its weights depend on time."""
+        return None
+
     def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
         """The layer at a time.
 
@@ -132,7 +162,22 @@ class TimeLayer(nn.Module):
         Returns:
             The affine map; its shapes begin with those of tau and context, where they matter.
         """
-        raise NotImplementedError
+        weight, bias, gate_weight, gate_bias, shift_weight = self.parts()
+        bias = self._with_context(bias, context)
+        gate = shift = None
+        if gate_weight is not None:
+            gate = torch.sigmoid(self._of_tau(tau, gate_weight, gate_bias))
+        if shift_weight is not None:
+            shift = self._of_tau(tau, shift_weight)
+        if bias is None:
+            return Affine(
+                weight, weight.new_zeros(self.out_features) if shift is None else shift, gate
+            )
+        if shift is None:
+            return Affine(weight, bias if gate is None else bias * gate, gate)
+        return Affine(
+            weight, shift + bias if gate is None else torch.addcmul(shift, bias, gate), gate
+        )
 
     def extra_repr(self) -> str:
         text = f"{self.in_features}, {self.out_features}"
@@ -144,26 +189,21 @@ class TimeLayer(nn.Module):
         self.weight = _parameter(self.out_features, in_features, fan_in=in_features)
         self.bias = _parameter(self.out_features, fan_in=in_features)
 
-    def _of_time(self) -> nn.Parameter:
+    def _make_of_time(self) -> nn.Parameter:
         """Weights of a linear map from time to the outputs: [out] for t, [out, F] for features."""
         if self.time_features is None:
             return _parameter(self.out_features, fan_in=1)
         return _parameter(self.out_features, self.time_features, fan_in=self.time_features)
 
-    def _bias(self, context: Tensor | None) -> Tensor:
-        """The bias plus the context's part: [out] or [B, out]."""
-        if not self.context:
-            return self.bias
-        return F.linear(context, self.context_weight, self.bias)
+    def _with_context(self, bias: Tensor | None, context: Tensor | None) -> Tensor | None:
+        """The bias plus the context's part: [out] or [B, out]; None for zero."""
+        return F.linear(context, self.context_weight, bias) if self.context else bias
 
-    def _at(self, tau: Tensor, weight: Tensor) -> Tensor:
-        return tau * weight if self.time_features is None else F.linear(tau, weight)
-
-    def _gate(self, tau: Tensor) -> Tensor:
-        """σ(g τ + q): [out] or [B, out]."""
-        if self.time_features is None:
-            return torch.sigmoid(torch.addcmul(self.gate_bias, tau, self.gate_weight))
-        return torch.sigmoid(F.linear(tau, self.gate_weight, self.gate_bias))
+    def _of_tau(self, tau: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A linear map of time, weight τ + bias: [out] or [B, out] or [S, 1, out]."""
+        if self.time_features is not None:
+            return F.linear(tau, weight, bias)
+        return tau * weight if bias is None else torch.addcmul(bias, tau, weight)
 
 
 class Ignore(TimeLayer):
@@ -172,8 +212,8 @@ class Ignore(TimeLayer):
     def make_parameters(self) -> None:
         self._make_linear(self.in_features)
 
-    def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
-        return Affine(self.weight, self._bias(context))
+    def parts(self) -> Parts:
+        return Parts(self.weight, self.bias)
 
 
 class Concat(TimeLayer):
@@ -182,10 +222,10 @@ class Concat(TimeLayer):
     def make_parameters(self) -> None:
         self._make_linear(self.in_features + (self.time_features or 1))
 
-    def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
+    def parts(self) -> Parts:
         width = self.time_features or 1
         of_time = self.weight[:, 0] if self.time_features is None else self.weight[:, :width]
-        return Affine(self.weight[:, width:], self._bias(context) + self._at(tau, of_time))
+        return Parts(self.weight[:, width:], self.bias, shift_weight=of_time)
 
 
 class ConcatV2(TimeLayer):
@@ -193,10 +233,10 @@ class ConcatV2(TimeLayer):
 
     def make_parameters(self) -> None:
         self._make_linear(self.in_features)
-        self.shift_weight = self._of_time()
+        self.shift_weight = self._make_of_time()
 
-    def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
-        return Affine(self.weight, self._bias(context) + self._at(tau, self.shift_weight))
+    def parts(self) -> Parts:
+        return Parts(self.weight, self.bias, shift_weight=self.shift_weight)
 
 
 class Squash(TimeLayer):
@@ -204,12 +244,11 @@ class Squash(TimeLayer):
 
     def make_parameters(self) -> None:
         self._make_linear(self.in_features)
-        self.gate_weight = self._of_time()
+        self.gate_weight = self._make_of_time()
         self.gate_bias = _parameter(self.out_features, fan_in=self.time_features or 1)
 
-    def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
-        gate = self._gate(tau)
-        return Affine(self.weight, self._bias(context) * gate, gate)
+    def parts(self) -> Parts:
+        return Parts(self.weight, self.bias, self.gate_weight, self.gate_bias)
 
 
 class ConcatSquash(Squash):
@@ -217,12 +256,47 @@ class ConcatSquash(Squash):
 
     def make_parameters(self) -> None:
         super().make_parameters()
-        self.shift_weight = self._of_time()
+        self.shift_weight = self._make_of_time()
 
-    def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
-        gate = self._gate(tau)
-        shift = torch.addcmul(self._at(tau, self.shift_weight), self._bias(context), gate)
-        return Affine(self.weight, shift, gate)
+    def parts(self) -> Parts:
+        return super().parts()._replace(shift_weight=self.shift_weight)
+
+
+class Given(TimeLayer):
+    """A layer of given tensors, which need not be parameters, so that formulas run on any tensors.
+
+    Args:
+        parts: The layer's tensors.
+        time_features: As for `TimeLayer`.
+        context: Width of the context vector, 0 for none.
+        context_weight: [out, C]; None to add a context [out] or [B, out] to the bias as it is.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        time_features: int | None = None,
+        context: int = 0,
+        context_weight: Tensor | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = parts.weight.shape
+        self.time_features = time_features
+        self.context = context
+        self.given = parts
+        self.context_weight = context_weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.given.weight.dtype
+
+    def parts(self) -> Parts:
+        return self.given
+
+    def _with_context(self, bias: Tensor | None, context: Tensor | None) -> Tensor | None:
+        if self.context and self.context_weight is None:
+            return context if bias is None else bias + context
+        return super()._with_context(bias, context)
 
 
 class Blend(TimeLayer):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import get_activation
-from .layers import LAYERS_OF_PLAIN_TIME, Affine, get_layer
+from .layers import LAYERS_OF_PLAIN_TIME, Affine, Given, Parts, TimeLayer, get_layer
 
 TimeFeatures = str | tuple[str, int]
 
@@ -48,44 +48,91 @@ class MLP(nn.Module):
         context: int = 0,
         time: TimeFeatures = "t",
     ) -> None:
-        super().__init__()
-        self.features = _check_size("features", features, 1)
+        features = _check_size("features", features, 1)
         if isinstance(hidden, str) or not isinstance(hidden, Sequence):
             raise TypeError(f"hidden: got {hidden!r}, expected a sequence of widths like (64, 64)")
-        self.hidden = tuple(_check_size("hidden", width, 1) for width in hidden)
-        self.context = _check_size("context", context, 0)
-        self.time = _check_time(time)
-        self.activation = get_activation(activation)
-        widths = (self.features, *self.hidden, self.features)
+        hidden = tuple(_check_size("hidden", width, 1) for width in hidden)
+        context = _check_size("context", context, 0)
+        time = _check_time(time)
+        get_activation(activation)
+        widths = (features, *hidden, features)
         names = (layer,) * (len(widths) - 1) if isinstance(layer, str) else tuple(layer)
         if len(names) != len(widths) - 1:
             raise ValueError(
                 f"layer: got {len(names)} layer types, expected {len(widths) - 1} "
-                f"(one for each of {len(self.hidden)} hidden layers and the last)"
+                f"(one for each of {len(hidden)} hidden layers and the last)"
             )
-        time_features = None
-        if self.time != "t":
-            time_features = self.time[1]
-            for name in names:
-                if name in LAYERS_OF_PLAIN_TIME:
-                    raise ValueError(
-                        f"time: got {self.time!r} with layer {name!r}, which is a function of t "
-                        "itself; expected time='t'"
-                    )
-            # Whole numbers, so that a later .double() loses nothing; π is multiplied in at use.
-            orders = torch.arange(1, time_features // 2 + 1, dtype=torch.get_default_dtype())
-            self.register_buffer("frequency_orders", orders, persistent=False)
-        self.layer = names
-        self.layers = nn.ModuleList(
-            get_layer(name)(n_in, n_out, time_features, self.context if i == 0 else 0)
+        for name in names:
+            if time != "t" and name in LAYERS_OF_PLAIN_TIME:
+                raise ValueError(
+                    f"time: got {time!r} with layer {name!r}, which is a function of t "
+                    "itself; expected time='t'"
+                )
+        time_features = None if time == "t" else time[1]
+        layers = [
+            get_layer(name)(n_in, n_out, time_features, context if i == 0 else 0)
             for i, (name, n_in, n_out) in enumerate(
                 zip(names, widths[:-1], widths[1:], strict=True)
             )
-        )
+        ]
+        self._assemble(layers, activation, time)
+        self.layer = names
+
+    @classmethod
+    def of_layers(
+        cls, layers: Sequence[TimeLayer], activation: str, time: TimeFeatures = "t"
+    ) -> "MLP":
+        """An MLP made of given layers; the first says what its context is.
+
+        Args:
+            layers: As wide as their neighbours, the last as the first's input.
+            activation: Name of an activation.
+            time: "t", or ("fourier", F) where the layers have F time features.
+        """
+        field = cls.__new__(cls)
+        field._assemble(layers, activation, time)
+        return field
+
+    def with_parts(self, parts: Sequence[Parts], context_width: int = 0) -> "MLP":
+        """This network's formulas on other tensors, which need not be parameters.
+
+        Args:
+            parts: The tensors of every layer.
+            context_width: Width of the first hidden layer for a network whose context, [B, H] or
+                [H], is added to the first bias as it is; 0 for one without context.
+
+        Example:
+            >>> field = MLP(2)
+            >>> twin = field.with_parts([layer.parts() for layer in field.layers])
+            >>> twin.features, len(list(twin.parameters()))
+            (2, 0)
+        """
+        time_features = None if self.time == "t" else self.time[1]
+        layers = [
+            Given(given, time_features, context_width if i == 0 else 0)
+            for i, given in enumerate(parts)
+        ]
+        twin = MLP.of_layers(layers, self.activation.name, self.time)
+        if time_features:
+            twin.frequency_orders = self.frequency_orders
+        return twin
+
+    def _assemble(self, layers: Sequence[TimeLayer], activation: str, time: TimeFeatures) -> None:
+        nn.Module.__init__(self)
+        self.features = layers[0].in_features
+        self.hidden = tuple(layer.out_features for layer in layers[:-1])
+        self.context = layers[0].context
+        self.time = time
+        self.activation = get_activation(activation)
+        if time != "t":
+            # Whole numbers, so that a later .double() loses nothing; π is multiplied in at use.
+            orders = torch.arange(1, time[1] // 2 + 1, dtype=torch.get_default_dtype())
+            self.register_buffer("frequency_orders", orders, persistent=False)
+        self.layers = nn.ModuleList(layers)
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return self.layers[0].dtype
 
     def forward(self, t: Tensor | float, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The vector field at a time.
@@ -116,7 +163,7 @@ class MLP(nn.Module):
 
         Gates and shifts are computed here, once per evaluation, whatever is then done with them.
         """
-        self._check(z, context)
+        self.check(z, context)
         if not isinstance(t, Tensor):
             t = torch.tensor(t, dtype=z.dtype, device=z.device)
         elif t.dtype != z.dtype or t.device != z.device:
@@ -140,7 +187,7 @@ class MLP(nn.Module):
             z: A state [B, D], for the checks.
             context: As for `forward`.
         """
-        self._check(z, context)
+        self.check(z, context)
         # Layers see [S, 1, ·], which broadcasts against a context's [B, ·].
         per_layer = [
             affine.unbind(times.shape[0])
@@ -152,7 +199,8 @@ class MLP(nn.Module):
         """τ: [..., 1] for t itself, [..., F] for Fourier features."""
         if self.time == "t":
             return t.unsqueeze(-1)
-        angle = t.unsqueeze(-1) * (self.frequency_orders * math.pi)
+        # A network of given layers may have changed its dtype through them, not through .to().
+        angle = t.unsqueeze(-1) * (self.frequency_orders.to(t) * math.pi)
         return torch.cat((angle.cos(), angle.sin()), -1)
 
     def _affines(self, tau: Tensor, context: Tensor | None) -> list[Affine]:
@@ -162,7 +210,8 @@ class MLP(nn.Module):
             *(layer.affine(tau, None).folded() for layer in rest),
         ]
 
-    def _check(self, z: Tensor, context: Tensor | None) -> None:
+    def check(self, z: Tensor, context: Tensor | None) -> None:
+        """Raises TypeError or ValueError where z and context are not what `forward` takes."""
         if z.dim() != 2 or z.shape[1] != self.features:
             raise ValueError(
                 f"z: got shape {tuple(z.shape)}, expected [B, {self.features}] for a field with "

@@ -1,0 +1,405 @@
+// From tensors to the plain structs of core/mlp_solve.h: what solves and gradients share.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/List.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string_view>
+#include <vector>
+
+#include "core/mlp_solve.h"
+#include "torch/cpu_kernels.h"
+
+namespace pycnf {
+
+using Parameters = c10::List<std::optional<at::Tensor>>;
+
+// Of each layer: weight, bias, gate_weight, gate_bias, shift_weight.
+constexpr int kPerLayer = 5;
+
+// Where the divergence comes from; in the order of DIVERGENCES in pycnf/flows/fused.py.
+enum class Divergence : int { kNone, kProbes, kUnitVectors, kClosedForm };
+
+// The arguments that all ops of the fused engine share; schema.cpp says what they mean.
+struct MlpArguments {
+  const std::optional<at::Tensor>& probe;
+  const std::optional<at::Tensor>& context;
+  const Parameters& parameters;
+  std::string_view method;
+  at::IntArrayRef kind;
+  at::ArrayRef<double> weights;
+};
+
+inline const Tableau& find_tableau(std::string_view method) {
+  for (const Tableau* tableau : kTableaux) {
+    if (method == tableau->name) return *tableau;
+  }
+  TORCH_CHECK_VALUE(false, "method: got ", method, ", expected the name of a method");
+}
+
+template <typename T>
+const T* values(const at::Tensor& x) {
+  return x.const_data_ptr<T>();
+}
+
+template <typename T>
+T* mutable_values(const at::Tensor& x) {
+  return x.mutable_data_ptr<T>();
+}
+
+template <typename T>
+constexpr int64_t kAlign = 64 / int64_t(sizeof(T));
+
+// The first whole vector's place in memory that has kAlign numbers to spare.
+template <typename T>
+T* aligned(T* pointer) {
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(pointer) + 63) / 64 * 64);
+}
+
+inline double stage_time(const Tableau& tableau, int stage, double t, double h, double t_next) {
+  const double c = tableau.c[stage];
+  return c == 1 ? t_next : t + c * h;
+}
+
+// The network at the times of some stages.
+template <typename T>
+struct MlpTimes {
+  std::vector<T> tau;
+  std::vector<T> numbers;  // aligned by hand
+  std::vector<TimedLayer<T>> timed;
+  std::vector<MlpAt<T>> at;  // [stages]
+};
+
+// One solve's arguments as the kernels want them, with the tensors that they point into.
+template <typename T>
+class MlpSetup {
+ public:
+  MlpSetup(const at::Tensor& x, const MlpArguments& arguments, bool own_times)
+      : options(x.options().requires_grad(std::nullopt)),
+        batch(x.size(0)),
+        table(cpu_mlp_kernels<T>()),
+        steps(own_times ? table.own : table.shared) {
+    TORCH_CHECK(x.dim() == 2 && batch > 0, "x must be [B, D] with at least one row, got ",
+                x.sizes());
+    TORCH_CHECK(arguments.kind.size() == 5 && arguments.weights.size() == 3,
+                "kind must be 5 numbers and weights 3, got ", arguments.kind.size(), " and ",
+                arguments.weights.size());
+    const auto& kind = arguments.kind;
+    solve.tableau = &find_tableau(arguments.method);
+    solve.own_times = own_times;
+    read_layers(arguments.parameters, kind[0], kind[1], x.size(1));
+    read_divergence(arguments);
+    // Products work on two columns at a time, and tiles of fewer than 16 samples waste weights.
+    const int64_t most = batch <= table.lanes ? 1 : 2;
+    solve.vectors =
+        std::max<int64_t>(solve.tangents > 0 ? 1 : most, std::min<int64_t>(16 / table.lanes, 8));
+    samples = solve.vectors * table.lanes;
+    tiles = (batch + samples - 1) / samples;
+    rows = state_rows(solve);
+    extras = extra_rows(solve);
+    chunks = std::min<int64_t>(at::get_num_threads(), tiles);
+    read_context(arguments.context);
+    if (!own_times) {
+      if (solve.tangents > 0 && !solve.closed_form) tile_probes(probe);
+      if (context.defined()) {
+        context_tiles = to_tiles(context, solve.field.layer[0].out);
+        solve.context = values<T>(context_tiles);
+      }
+    }
+    kept_numbers = table.kept_numbers(solve);
+    workspace_numbers = table.workspace_numbers(solve);
+    workspace = at::empty({chunks, workspace_numbers + kAlign<T>}, options);
+  }
+
+  at::ScalarType dtype() const { return options.dtype().toScalarType(); }
+
+  // Whole vectors, so that the kernels may run over the end of a row.
+  int64_t padded(int64_t count) const {
+    return (count + table.lanes - 1) / table.lanes * table.lanes;
+  }
+
+  at::Tensor empty_tiles(int64_t height) const {
+    return at::empty({tiles, height, samples}, options);
+  }
+
+  // Rows [B, width] by tiles, [tiles, height, samples]; what is left over of the last tile is
+  // filled with copies of the last sample, other rows with zeros.
+  at::Tensor to_tiles(const at::Tensor& x, int64_t height) const {
+    const int64_t width = x.size(1);
+    auto out = empty_tiles(height);
+    const T* from = values<T>(x);
+    T* to = mutable_values<T>(out);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      for (int64_t row = 0; row < height; ++row) {
+        for (int64_t s = 0; s < samples; ++s) {
+          const int64_t b = std::min(tile * samples + s, batch - 1);
+          *to++ = row < width ? from[b * width + row] : T(0);
+        }
+      }
+    }
+    return out;
+  }
+
+  // The same for cotangents: the copies that fill up the last tile have no part in a gradient.
+  at::Tensor cotangent_tiles(const at::Tensor& x, int64_t height) const {
+    auto out = to_tiles(x, height);
+    out[tiles - 1].slice(1, batch - (tiles - 1) * samples).zero_();
+    return out;
+  }
+
+  // The rows [first, first + width) of tiles of `height` rows, as [B, width].
+  at::Tensor from_tiles(const at::Tensor& x, int64_t height, int64_t first, int64_t width) const {
+    auto out = at::empty({batch, width}, options);
+    const T* from = values<T>(x);
+    T* to = mutable_values<T>(out);
+    for (int64_t b = 0; b < batch; ++b) {
+      const T* tile = from + (b / samples * height + first) * samples + b % samples;
+      for (int64_t row = 0; row < width; ++row) *to++ = tile[row * samples];
+    }
+    return out;
+  }
+
+  // The network at the times of stages [0, count): one for all samples, or [count, samples].
+  void prepare(int count, const double* times, bool rates, bool parallel, MlpTimes<T>& out) const {
+    const int64_t per = solve.own_times ? samples : 1, features = solve.field.time_features;
+    const int64_t timed = table.timed_numbers(solve), mixed = padded(table.mixed_numbers(solve));
+    const int64_t numbers = timed + 2 * mixed + padded(table.mixing_numbers(solve));
+    out.tau.resize(2 * count * features * per + kAlign<T>);
+    out.numbers.resize(count * numbers + kAlign<T>);
+    out.timed.resize(count * solve.field.layers);
+    out.at.resize(count);
+    T* const taus = aligned(out.tau.data());
+    T* const first = aligned(out.numbers.data());
+    const auto one = [&](int64_t i) {
+      T* tau = taus + i * features * per;
+      T* rate = rates ? taus + (count + i) * features * per : nullptr;
+      for (int64_t s = 0; s < per; ++s) time_features(times[i * per + s], per, tau + s, rate, s);
+      T* memory = first + i * numbers;
+      TimedLayer<T>* layers = out.timed.data() + i * solve.field.layers;
+      table.time_layers(solve, tau, rate, memory, layers);
+      out.at[i] = {layers, tau, nullptr, nullptr};
+      const Tableau& tableau = *solve.tableau;
+      const bool needed = tableau.b[i] != 0 || tableau.e[i] != 0 || i == 0 || i == count - 1;
+      if (!solve.closed_form || !needed) return;
+      T* const at_time = memory + timed;
+      table.mix(solve, layers[solve.field.layers - 1].gate, at_time, at_time + mixed,
+                at_time + 2 * mixed);
+      out.at[i].unmixed = at_time;
+      out.at[i].mixed = at_time + mixed;
+    };
+    if (parallel && solve.closed_form) {
+      at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) one(i);
+      });
+    } else {
+      for (int i = 0; i < count; ++i) one(i);
+    }
+  }
+
+  // The same for a step that all samples take, all stages of it.
+  void prepare_step(double t, double h, double t_next, bool rates, bool parallel,
+                    MlpTimes<T>& out) const {
+    double times[kMaxStages];
+    const int stages = solve.tableau->stages;
+    for (int i = 0; i < stages; ++i) times[i] = stage_time(*solve.tableau, i, t, h, t_next);
+    prepare(stages, times, rates, parallel, out);
+  }
+
+  // Calls body(chunk) for every thread's part of the tiles.
+  template <typename Body>
+  void for_each_chunk(const Body& body) const {
+    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk);
+    });
+  }
+
+  // Calls body(chunk, tile, memory) for every tile, the tiles split over threads in order.
+  template <typename Body>
+  void for_each_tile(const Body& body) const {
+    for_each_chunk([&](int64_t chunk) {
+      for (int64_t tile = first_tile(chunk); tile < first_tile(chunk + 1); ++tile) {
+        body(chunk, tile, memory_of(chunk));
+      }
+    });
+  }
+
+  int64_t first_tile(int64_t chunk) const { return chunk * tiles / chunks; }
+
+  T* memory_of(int64_t chunk) const {
+    return aligned(mutable_values<T>(workspace) + chunk * (workspace_numbers + kAlign<T>));
+  }
+
+  MlpSolve<T> solve = {};
+  at::TensorOptions options;
+  int64_t batch;
+  const CpuMlpTable<T>& table;
+  const CpuMlpSteps<T>& steps;
+  at::Tensor probe;     // [K, B, D], undefined for none
+  at::Tensor context;   // [B, width of the first layer], undefined for none
+  int64_t samples = 0;  // of a tile
+  int64_t tiles = 0;
+  int64_t rows = 0;    // of the state
+  int64_t extras = 0;  // rows after z
+  int64_t chunks = 0;  // of tiles, one a thread
+  int64_t kept_numbers = 0;
+  int64_t workspace_numbers = 0;
+
+ private:
+  void read_layers(const Parameters& parameters, int64_t activation, int64_t fourier,
+                   int64_t features) {
+    auto& field = solve.field;
+    const int64_t layers = int64_t(parameters.size()) / kPerLayer;
+    TORCH_CHECK(
+        layers >= 1 && layers <= kMaxLayers && layers * kPerLayer == int64_t(parameters.size()),
+        "parameters must be ", kPerLayer, " for each of 1 to ", kMaxLayers, " layers, got ",
+        parameters.size());
+    TORCH_CHECK(activation >= 0 && activation < kActivations, "activation must be one of ",
+                kActivations, ", got ", activation);
+    field.layers = int(layers);
+    field.activation = Activation(activation);
+    field.features = features;
+    field.fourier = fourier > 0;
+    field.time_features = fourier > 0 ? fourier : 1;
+    int64_t in = features;
+    for (int64_t l = 0; l < layers; ++l) {
+      const auto part = [&](int64_t i) -> std::optional<at::Tensor> {
+        return parameters.get(l * kPerLayer + i);
+      };
+      auto& layer = field.layer[l];
+      const auto weight = part(0);
+      TORCH_CHECK(weight.has_value() && weight->dim() == 2 && weight->size(1) == in &&
+                      weight->stride(1) == 1 && weight->scalar_type() == dtype(),
+                  "layer ", l, ": weight must be [out, ", in, "] of ", dtype(),
+                  " with rows of contiguous numbers");
+      layer.in = in;
+      layer.out = weight->size(0);
+      layer.weight = values<T>(*weight);
+      layer.weight_stride = weight->stride(0);
+      layer.bias = vector_of(part(1), "bias", l, layer.out);
+      layer.gate_weight = vector_of(part(2), "gate_weight", l, layer.out * field.time_features);
+      layer.gate_bias = vector_of(part(3), "gate_bias", l, layer.out);
+      TORCH_CHECK(layer.gate_weight != nullptr || layer.gate_bias == nullptr, "layer ", l,
+                  ": gate_bias must come with a gate_weight");
+      const auto shift = part(4);
+      if (shift.has_value()) {
+        TORCH_CHECK(shift->scalar_type() == dtype() &&
+                        shift->numel() == layer.out * field.time_features &&
+                        shift->size(0) == layer.out && (shift->dim() == 1 || shift->stride(1) == 1),
+                    "layer ", l, ": shift_weight must be [", layer.out, ", ", field.time_features,
+                    "] of ", dtype());
+        layer.shift_weight = values<T>(*shift);
+        layer.shift_stride = shift->stride(0);
+      }
+      in = layer.out;
+    }
+    TORCH_CHECK(in == features, "the last layer must have ", features, " outputs, got ", in);
+  }
+
+  const T* vector_of(const std::optional<at::Tensor>& x, const char* name, int64_t layer,
+                     int64_t size) const {
+    if (!x.has_value()) return nullptr;
+    TORCH_CHECK(x->numel() == size && x->is_contiguous() && x->scalar_type() == dtype(), "layer ",
+                layer, ": ", name, " must be ", size, " contiguous numbers of ", dtype());
+    return values<T>(*x);
+  }
+
+  void read_divergence(const MlpArguments& arguments) {
+    const auto& kind = arguments.kind;
+    const auto& field = solve.field;
+    const int64_t features = field.features;
+    solve.sign = T(arguments.weights[0]);
+    solve.probe_weight = T(1);
+    switch (Divergence(kind[2])) {
+      case Divergence::kNone:
+        break;
+      case Divergence::kProbes:
+        TORCH_CHECK(arguments.probe.has_value() && arguments.probe->dim() == 3 &&
+                        arguments.probe->size(0) > 0 && arguments.probe->size(1) == batch &&
+                        arguments.probe->size(2) == features &&
+                        arguments.probe->scalar_type() == dtype(),
+                    "probe must be [K, ", batch, ", ", features, "] of ", dtype());
+        probe = arguments.probe->contiguous();
+        solve.tangents = probe.size(0);
+        solve.probe_weight = T(1) / T(solve.tangents);
+        break;
+      case Divergence::kUnitVectors:
+        solve.tangents = features;
+        break;
+      case Divergence::kClosedForm:
+        TORCH_CHECK(field.layers == 2 || field.layers == 3,
+                    "the closed form is for one or two hidden layers, got ", field.layers - 1);
+        TORCH_CHECK(!solve.own_times || field.layer[field.layers - 1].gate_weight == nullptr,
+                    "the closed form needs a last layer without a gate where samples have times "
+                    "of their own");
+        TORCH_CHECK(kind[4] == 0, "the closed form has no Jacobian norm");
+        solve.closed_form = true;
+        solve.tangents = 1;
+        break;
+      default:
+        TORCH_CHECK(false, "kind: got divergence ", kind[2], ", expected 0 to 3");
+    }
+    solve.kinetic = kind[3] != 0;
+    solve.jacobian = kind[4] != 0;
+    solve.kinetic_weight = T(arguments.weights[1]);
+    solve.jacobian_weight = T(arguments.weights[2]);
+  }
+
+  void read_context(const std::optional<at::Tensor>& given) {
+    if (!given.has_value()) return;
+    const int64_t width = solve.field.layer[0].out;
+    TORCH_CHECK(given->dim() == 2 && given->size(0) == batch && given->size(1) == width &&
+                    given->scalar_type() == dtype(),
+                "context must be [", batch, ", ", width, "] of ", dtype(), ", got ", given->sizes(),
+                " of ", given->scalar_type());
+    context = given->contiguous();
+  }
+
+  // τ at a time and, if wanted, τ' there; features are `stride` apart.
+  void time_features(double time, int64_t stride, T* tau, T* rate, int64_t s) const {
+    const T t = T(time);
+    if (!solve.field.fourier) {
+      tau[0] = t;
+      if (rate != nullptr) rate[s] = T(1);
+      return;
+    }
+    const int64_t half = solve.field.time_features / 2;
+    for (int64_t k = 0; k < half; ++k) {
+      const T order = T(k + 1) * T(M_PI);
+      const T cosine = std::cos(t * order), sine = std::sin(t * order);
+      tau[k * stride] = cosine;
+      tau[(half + k) * stride] = sine;
+      if (rate == nullptr) continue;
+      rate[k * stride + s] = -order * sine;
+      rate[(half + k) * stride + s] = order * cosine;
+    }
+  }
+
+  void tile_probes(const at::Tensor& given) {
+    const int64_t features = solve.field.features, tangents = solve.tangents;
+    const bool unit = !given.defined();
+    probe_tiles = at::empty({unit ? 1 : tiles, features, tangents, samples}, options);
+    T* to = mutable_values<T>(probe_tiles);
+    const T* from = unit ? nullptr : values<T>(given);
+    for (int64_t tile = 0; tile < probe_tiles.size(0); ++tile) {
+      for (int64_t d = 0; d < features; ++d) {
+        for (int64_t k = 0; k < tangents; ++k) {
+          for (int64_t s = 0; s < samples; ++s) {
+            const int64_t b = std::min(tile * samples + s, batch - 1);
+            *to++ = unit ? T(k == d) : from[(k * batch + b) * features + d];
+          }
+        }
+      }
+    }
+    solve.probe = values<T>(probe_tiles);
+    solve.probe_stride = unit ? 0 : features * tangents * samples;
+  }
+
+  at::Tensor probe_tiles;
+  at::Tensor context_tiles;
+  at::Tensor workspace;
+};
+
+}  // namespace pycnf
