@@ -27,15 +27,23 @@ OPS = (
     "probe_sample",
     "mlp_solve",
     "mlp_solve_backward",
+    "mlp_adjoint",
+    "mlp_samples",
+    "mlp_samples_backward",
+    "mlp_samples_adjoint",
 )
 # Elsewhere a flow runs on the generic engine, which is their reference.
-WITHOUT_REFERENCE = ("mlp_solve", "mlp_solve_backward")
+WITHOUT_REFERENCE = tuple(
+    name for name in OPS if name.startswith(("mlp_solve", "mlp_adjoint", "mlp_samples"))
+)
 
 _compiled = SimpleNamespace(**{name: getattr(torch.ops.pycnf, name).default for name in OPS})
 # The ops of the inner loop have bindings of their own, past the dispatcher's boxing of arguments.
 _compiled.rk_stage, _compiled.rk_finish = _C.rk_stage, _C.rk_finish
 time_tensors = _C.time_tensors
 mlp_solve, mlp_solve_backward = _compiled.mlp_solve, _compiled.mlp_solve_backward
+mlp_samples, mlp_samples_backward = _compiled.mlp_samples, _compiled.mlp_samples_backward
+mlp_adjoint, mlp_samples_adjoint = _compiled.mlp_adjoint, _compiled.mlp_samples_adjoint
 _DTYPES = (torch.float32, torch.float64)
 _DEVICES = ("cpu", "cuda") if _C.with_cuda else ("cpu",)
 
@@ -158,6 +166,43 @@ def _(
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip
     gradients = _gradients(z_bar, context, parameters)
     return *gradients, times.new_empty(times.shape[0] if args[-1] else 0, 2)
+
+
+@torch.library.register_fake("pycnf::mlp_adjoint")
+@torch.library.register_fake("pycnf::mlp_samples_adjoint")
+def _(
+    z: Tensor, z_bar: Tensor, extras_bar: Any, probe: Any, context: Tensor | None,
+    parameters: Sequence[Tensor | None], *args: Any,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip
+    return *_gradients(z, context, parameters), z.new_empty(9, dtype=torch.float64)
+
+
+@torch.library.register_fake("pycnf::mlp_samples")
+def _(
+    x: Tensor, probe: Any, context: Any, parameters: Any, method: str, kind: Sequence[int],
+    *args: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    # The length of a tape is known by solving only.
+    steps = torch.library.get_ctx().new_dynamic_size() if args[-1] else 0
+    whole = {"dtype": torch.int64}
+    return (
+        torch.empty_like(x),
+        x.new_empty(_extras(kind), x.shape[0]),
+        x.new_empty(9, dtype=torch.float64),
+        x.new_empty(steps, 4, dtype=torch.float64),
+        x.new_empty(steps, x.shape[1]),
+        x.new_empty(steps, **whole),
+        x.new_empty(x.shape[0] if args[-1] else 0, **whole),
+    )
+
+
+@torch.library.register_fake("pycnf::mlp_samples_backward")
+def _(
+    z_bar: Tensor, extras_bar: Any, probe: Any, context: Tensor | None,
+    parameters: Sequence[Tensor | None], method: str, kind: Any, weights: Any, times: Tensor,
+    *args: Any,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip
+    return *_gradients(z_bar, context, parameters), times.new_empty(2)
 
 
 def _extras(kind: Sequence[int]) -> int:

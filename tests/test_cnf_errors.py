@@ -28,7 +28,7 @@ from pycnf.nn import MLP
         ({"gradient": "adjoint"}, ValueError, "gradient: got 'adjoint'"),
         ({"steps": "own"}, ValueError, "steps: got 'own'"),
         ({"engine": "jit"}, ValueError, "engine: got 'jit'"),
-        ({"engine": "fused", "steps": "per-sample"}, ValueError, "but steps='per-sample' runs on"),
+        ({"engine": "fused", "gradient": "autograd"}, ValueError, "but gradient='autograd' goes"),
         ({"engine": "fused", "field": nn.Linear(2, 2)}, ValueError, "but the field is a Linear"),
         ({"max_num_steps": 0}, ValueError, "max_num_steps: got 0"),
         (

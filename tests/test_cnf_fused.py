@@ -47,6 +47,9 @@ def outcome(flow, x, context=None, inverse=False, **keywords):
 
 def assert_same(flows, *args, rtol=1e-11, **keywords):
     (fused, counts), (generic, expected) = (outcome(flow, *args, **keywords) for flow in flows)
+    if flows[0].steps == "per-sample":
+        # One counts what a sample needed, the other how often it evaluated some of them.
+        counts, expected = counts[1:], expected[1:]
     assert counts == expected
     for mine, other in zip(fused, generic, strict=True):
         scale = max(1.0, other.abs().max().item())
@@ -103,7 +106,7 @@ def test_batches_and_directions(batch, inverse):
 
 
 def test_a_hard_solve_with_rejections():
-    _, accepted, rejected = assert_same(
+    *_, accepted, rejected = assert_same(
         pair(field_of(hidden=(64, 64, 64), scale=6.0)), points(64), seed=3, rtol=1e-7
     )
     assert accepted >= 8
@@ -261,5 +264,124 @@ def test_errors_are_the_generic_engine_s(change, says):
 def test_what_the_fused_engine_does_not_run():
     with pytest.raises(ValueError, match="engine: got 'fused', but the field has a 'hyper' layer"):
         CNF(MLP(2, layer="hyper"), engine="fused")
-    with pytest.raises(ValueError, match="gradient='continuous' runs on the generic engine"):
-        CNF(MLP(2), engine="fused", gradient="continuous")
+    with pytest.raises(ValueError, match="gradient='autograd' goes through"):
+        CNF(MLP(2), engine="fused", gradient="autograd")
+    with pytest.raises(ValueError, match="context in its error norm"):
+        CNF(MLP(2, context=1), engine="fused", gradient="continuous")
+    assert CNF(MLP(2, context=1), gradient="continuous").explain().startswith("The generic")
+
+
+# ---- steps per sample, and the adjoint ----
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "seminorm", "continuous"])
+@pytest.mark.parametrize("steps", ["shared", "per-sample"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_all_kinds(gradient, steps, method):
+    if (steps, gradient) == ("shared", "discrete"):
+        pytest.skip("has tests of its own")
+    flows = pair(
+        field_of(scale=3.0), method=method, rtol=1e-4, atol=1e-4, gradient=gradient, steps=steps
+    )
+    assert_same(flows, points(37), seed=3, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [{"divergence": "exact"}, {"probes": 2}])
+@pytest.mark.parametrize("hidden", [(), (9,), (16, 16), (7, 16, 5)])
+@pytest.mark.parametrize("layer", ["concat", "concatsquash"])
+@pytest.mark.parametrize("time", ["t", ("fourier", 4)])
+@pytest.mark.parametrize(
+    ("steps", "gradient"),
+    [("shared", "continuous"), ("shared", "seminorm"), ("per-sample", "discrete"),
+     ("per-sample", "seminorm")],
+)  # fmt: skip
+def test_kinds_of_fields(kind, hidden, layer, time, steps, gradient):
+    field = field_of(3, hidden, layer=layer, time=time)
+    names = ["kinetic"] if hidden == (9,) else ["jacobian"] if hidden == (7, 16, 5) else []
+    flows = pair(
+        field, steps=steps, gradient=gradient, regularizers=dict.fromkeys(names, 0.1), **kind
+    )
+    assert_same(flows, points(18, 3), seed=None if "divergence" in kind else 3, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("steps", "gradient"),
+    [("shared", "seminorm"), ("per-sample", "discrete"), ("per-sample", "seminorm")],
+)
+def test_context_of_all_kinds(steps, gradient):
+    flows = pair(field_of(context=3), steps=steps, gradient=gradient)
+    assert_same(flows, points(21), points(21, 3, seed=2), seed=3, rtol=1e-9)
+    assert_same(flows, points(21), points(21, 3, seed=2), inverse=True, seed=3, rtol=1e-9)
+    assert_same(flows, points(21), points(1, 3, seed=2)[0], seed=3, rtol=1e-9)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 8, 16, 33, 100])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_steps_per_sample_by_batch_and_threads(batch, threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        flows = pair(field_of(scale=4.0), steps="per-sample")
+        assert_same(flows, points(batch) * 2, seed=3, rtol=1e-9)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+@pytest.mark.parametrize("hidden", [(16, 16), (21, 13, 40)])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "fehlberg2"])
+def test_a_sample_has_the_same_bits_in_any_batch(dtype, divergence, hidden, method):
+    flow = CNF(
+        field_of(3, hidden, scale=3.0).to(dtype), divergence, steps="per-sample", method=method
+    )
+    x = (points(50, 3) * 2).to(dtype)
+    keywords = {"seed": 1} if divergence == "hutchinson" else {}
+    log_prob = flow.log_prob(x, **keywords)
+    accepted = flow.stats.accepted
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(flow.log_prob(x[order], **keywords), log_prob[order])
+    assert torch.equal(flow.log_prob(x[:17], **keywords), log_prob[:17])
+    alone = []
+    for i in range(50):
+        assert torch.equal(flow.log_prob(x[i : i + 1], **keywords), log_prob[i : i + 1])
+        alone.append(flow.stats.accepted)
+    assert len(set(alone)) > 1  # or there was nothing to show
+    assert max(alone) == accepted
+
+
+def test_gradients_of_the_interval_and_second_derivatives_with_steps_per_sample():
+    found = []
+    for engine in ("fused", "generic"):
+        ends = [torch.tensor(t, dtype=torch.float64, requires_grad=True) for t in (0.1, 0.9)]
+        field = field_of(hidden=(8, 8), scale=2.0, layer=["concat", "concatsquash", "squash"])
+        flow = CNF(field, t0=ends[0], t1=ends[1], engine=engine, steps="per-sample")
+        inputs = [*ends, *field.parameters()]
+        x = points(11) * torch.linspace(0.1, 3, 11, dtype=torch.float64)[:, None]
+        z, logdet = flow(x, seed=2)
+        loss = z.square().sum() + logdet.exp().sum()
+        plain = torch.autograd.grad(loss, inputs, retain_graph=True)
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+        found.append([*plain, *first, *second])
+    for mine, other in zip(*found, strict=True):
+        scale = max(1.0, other.abs().max().item())
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("says", ["max_num_steps", "not finite at the start"])
+def test_errors_with_steps_per_sample(says):
+    messages = []
+    for flow in pair(field_of(scale=4.0), steps="per-sample", rtol=1e-9, atol=1e-9):
+        x = points(40)
+        if says == "max_num_steps":
+            x[5] *= 100
+            flow.max_num_steps = 2
+        else:
+            x[7, 1] = math.inf
+        with pytest.raises(SolveError, match=says) as error:
+            flow(x, seed=1)
+        messages.append(str(error.value).split(":")[0])
+    assert (
+        messages[0].split(" with ")[0].split("=")[0] == messages[1].split(" with ")[0].split("=")[0]
+    )

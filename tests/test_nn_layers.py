@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from pycnf.nn.layers import LAYERS, LAYERS_OF_PLAIN_TIME, get_layer
+from pycnf.nn import MLP
+from pycnf.nn.divergence import has_forward_mode, value_and_divergence
+from pycnf.nn.layers import LAYERS, LAYERS_OF_PLAIN_TIME, Given, Parts, get_layer
 
 IN, OUT, C, FOURIER = 3, 4, 2, 6
 T = 0.37
@@ -174,3 +176,73 @@ def test_folding_a_gate_per_sample_leaves_it():
 def test_unknown_layer_lists_the_names():
     with pytest.raises(ValueError, match=r"layer: got 'concatsquach'.*mean 'concatsquash'"):
         get_layer("concatsquach")
+
+
+@pytest.mark.parametrize("present", range(16))
+def test_absent_parts_are_zeros_and_ones(present):
+    """Bias, gate, gate's bias and shift, in every combination, at every shape of time."""
+    torch.manual_seed(0)
+
+    def part(bit, *shape):
+        return torch.randn(shape, dtype=torch.float64) if present >> bit & 1 else None
+
+    bias, gate, gate_bias, shift = part(0, OUT), part(1, OUT), part(2, OUT), part(3, OUT)
+    weight, x = torch.randn(OUT, IN, dtype=torch.float64), torch.randn(5, IN, dtype=torch.float64)
+    times = torch.rand(5, 1, dtype=torch.float64)
+    for tau in (times[0, 0], times):
+        expected = x @ weight.t()
+        if bias is not None:
+            expected = expected + bias
+        if gate is not None:
+            inner = tau * gate if gate_bias is None else tau * gate + gate_bias
+            expected = expected * torch.sigmoid(inner)
+        if shift is not None:
+            expected = expected + tau * shift
+        layer = Given(Parts(weight, bias, gate, gate_bias, shift))
+        torch.testing.assert_close(layer.affine(tau, None).value(x), expected)
+    (affine,) = layer.affine(times[:1].unsqueeze(-1), None).folded().unbind(1)
+    torch.testing.assert_close(affine.value(x), layer.affine(times[0, 0], None).value(x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_parts_are_the_layer_s_tensors(name):
+    layer = get_layer(name)(IN, OUT)
+    parts = layer.parts()
+    if name in LAYERS_OF_PLAIN_TIME:
+        assert parts is None
+        return
+    assert parts.weight.shape == (OUT, IN)
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    assert {p.untyped_storage().data_ptr() for p in parts if p is not None} == own
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in LAYERS_OF_PLAIN_TIME])
+@pytest.mark.parametrize("fourier", [False, True])
+def test_a_network_of_given_tensors(name, fourier):
+    torch.manual_seed(0)
+    field = MLP(IN, (OUT, 5), name, context=C, time=("fourier", FOURIER) if fourier else "t")
+    field = field.double()
+    given = [
+        Parts(*(None if p is None else p.detach().clone().requires_grad_() for p in layer.parts()))
+        for layer in field.layers
+    ]
+    twin = field.with_parts(given, context_width=OUT)
+    assert not list(twin.parameters())
+    assert twin.dtype == torch.float64
+    assert has_forward_mode(twin)
+    z, c = torch.randn(6, IN, dtype=torch.float64), torch.randn(6, C, dtype=torch.float64)
+    t = torch.tensor(T, dtype=torch.float64)
+    offset = c @ field.layers[0].context_weight.t()
+    torch.testing.assert_close(twin(t, z, offset), field(t, z, c), rtol=1e-12, atol=1e-12)
+    leaves = [p for parts in given for p in parts if p is not None]
+    both = value_and_divergence(twin, t, z, context=offset)
+    grads = torch.autograd.grad(sum(x.square().sum() for x in both), leaves, retain_graph=True)
+    assert all(g.abs().max() > 0 for g in grads)
+    times = torch.tensor([T, 0.8], dtype=torch.float64)
+    first, _ = field.affines_at(times, z, c)
+    other, _ = twin.affines_at(times, z, offset)
+    torch.testing.assert_close(
+        twin.value_at(other, z), field.value_at(first, z), rtol=1e-12, atol=1e-12
+    )
+    alone = field.with_parts(given)
+    torch.testing.assert_close(alone(t, z), field(t, z, c * 0), rtol=1e-12, atol=1e-12)

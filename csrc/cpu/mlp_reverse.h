@@ -42,7 +42,7 @@ template <typename T>
 void add_first_bar(const MlpSolve<T>& solve, const Tile<T>& tile, const Vec<T>* first_bar, T* rows,
                    const LayerGradient<T>* gradients) {
   const int64_t columns = solve.tangents * solve.vectors;
-  if (columns == 0 || solve.closed_form) return;
+  if (columns == 0 || solve.closed_form || gradients == nullptr) return;
   add_weight_gradient(solve.field.layer[0], first_bar, columns, tile.constants.probe, columns,
                       columns, rows, gradients[0]);
 }

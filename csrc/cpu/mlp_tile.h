@@ -201,11 +201,11 @@ struct Cotangents {
 // Where the reverse pass adds up what it finds.
 template <typename T>
 struct Sums {
-  const LayerGradient<T>* layers;
-  T* mixed_bar;         // like MlpAt::mixed
-  Vec<T>* first_bar;    // of W₁ε [out, tangents * vectors]
-  Vec<T>* context_bar;  // [out, vectors], or null
-  Vec<T>* time_bar;     // [vectors], or null
+  const LayerGradient<T>* layers;  // null where no parameter needs one; then nothing else does
+  T* mixed_bar;                    // like MlpAt::mixed
+  Vec<T>* first_bar;               // of W₁ε [out, tangents * vectors]
+  Vec<T>* context_bar;             // [out, vectors], or null
+  Vec<T>* time_bar;                // [vectors], or null
 };
 
 template <typename T>
@@ -437,6 +437,7 @@ void reverse(const MlpSolve<T>& solve, ActivateLayer<T> activate_layer,
   const int last = field.layers - 1;
   const bool closed_form = solve.closed_form && tangents > 0;
   const auto add_time = [&](int l) {
+    if (totals.layers == nullptr) return;
     if constexpr (kOwn) {
       add_own_time_gradients(field.layer[l], at.layer[l], at.tau, field.time_features, vectors,
                              scratch, totals.layers[l], totals.time_bar);
@@ -456,13 +457,17 @@ void reverse(const MlpSolve<T>& solve, ActivateLayer<T> activate_layer,
     const Matrix<T> weight = weight_of(layer);
     const int64_t count = closed_form ? vectors : columns;
     activate_layer(at.layer[l - 1], layer.in, shape, rows, scratch.x, scratch.slopes);
-    add_weight_gradient(layer, u, columns, scratch.x, columns, count, scratch.rows,
-                        totals.layers[l]);
+    if (totals.layers != nullptr) {
+      add_weight_gradient(layer, u, columns, scratch.x, columns, count, scratch.rows,
+                          totals.layers[l]);
+    }
     product(transposed(weight), layer.in, layer.out, u, columns, count, other, columns);
     if (closed_form && l < last) {
       const int64_t stride = padded<T>(layer.in);
-      add_outer(layer.out, layer.in, u + vectors, columns, scratch.x + vectors, columns, vectors,
-                scratch.rows, totals.mixed_bar, stride, false);
+      if (totals.layers != nullptr) {
+        add_outer(layer.out, layer.in, u + vectors, columns, scratch.x + vectors, columns, vectors,
+                  scratch.rows, totals.mixed_bar, stride, false);
+      }
       product(Matrix<T>{at.mixed, 1, stride}, layer.in, layer.out, u + vectors, columns, vectors,
               other + vectors, columns);
     } else if (closed_form) {
@@ -471,7 +476,7 @@ void reverse(const MlpSolve<T>& solve, ActivateLayer<T> activate_layer,
         for (int64_t v = 0; v < vectors; ++v) {
           const Vec<T> bar = bars.divergence[v];
           other[o * columns + vectors + v] = last == 1 ? bar * at.mixed[o] : bar;
-          if (last == 1) {
+          if (last == 1 && totals.layers != nullptr) {
             const Vec<T> d = bar * scratch.x[o * columns + vectors + v];
             for (int lane = 0; lane < kLanes<T>; ++lane) totals.mixed_bar[o] += d[lane];
           }
@@ -494,6 +499,8 @@ void reverse(const MlpSolve<T>& solve, ActivateLayer<T> activate_layer,
   if (totals.context_bar != nullptr) {
     for (int64_t i = 0; i < layer.out * vectors; ++i) totals.context_bar[i] += u[i];
   }
-  add_weight_gradient(layer, u, vectors, z, vectors, vectors, scratch.rows, totals.layers[0]);
+  if (totals.layers != nullptr) {
+    add_weight_gradient(layer, u, vectors, z, vectors, vectors, scratch.rows, totals.layers[0]);
+  }
   product(transposed(weight_of(layer)), layer.in, layer.out, u, vectors, vectors, z_bar, vectors);
 }

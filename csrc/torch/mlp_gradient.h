@@ -1,6 +1,8 @@
 // The memory that threads add parameters' gradients up in, and the tensors made of it.
 #pragma once
 
+#include <array>
+
 #include "torch/mlp_setup.h"
 
 namespace pycnf {
@@ -10,7 +12,7 @@ template <typename T>
 struct GradientLayout {
   int64_t numbers = 0;
   struct Layer {
-    int64_t weight, stride, bias, gate_weight, gate_bias, shift_weight;
+    int64_t weight, stride, bias, gate_weight, gate_bias, shift_weight, end;
     bool swapped;
   } layer[kMaxLayers];
 
@@ -33,7 +35,16 @@ struct GradientLayout {
       at.gate_weight = take(field.time_features * width);
       at.gate_bias = take(width);
       at.shift_weight = take(field.time_features * width);
+      at.end = numbers;
     }
+  }
+
+  // Where parameter `which` of a layer is, padding included (which is 0).
+  std::pair<int64_t, int64_t> range(int64_t l, int64_t which) const {
+    const auto& at = layer[l];
+    const int64_t places[] = {at.weight,    at.bias,         at.gate_weight,
+                              at.gate_bias, at.shift_weight, at.end};
+    return {places[which], places[which + 1]};
   }
 
   void pointers(T* memory, LayerGradient<T>* gradients, int layers) const {
@@ -50,14 +61,6 @@ struct GradientLayout {
   }
 };
 
-// Sums of one thread: of the parameters' gradients, and of the cotangents of M.
-template <typename T>
-struct ThreadSums {
-  LayerGradient<T> layers[kMaxLayers];
-  T* numbers;  // layout.numbers
-  T* mixed;    // mixed_numbers, or null
-};
-
 // `sets` of sums for each thread, zeros.
 template <typename T>
 class GradientSums {
@@ -65,30 +68,30 @@ class GradientSums {
   GradientSums(const MlpSetup<T>& setup, int sets)
       : setup_(setup),
         layout_(setup),
-        mixed_(setup.padded(setup.table.mixed_numbers(setup.solve))),
         sets_(sets),
-        memory_(at::zeros({setup.chunks * sets * (layout_.numbers + mixed_) + kAlign<T>},
-                          setup.options)),
-        sums_(setup.chunks * sets) {
-    T* at = aligned(mutable_values<T>(memory_));
-    for (auto& sums : sums_) {
-      layout_.pointers(at, sums.layers, setup.solve.field.layers);
-      sums.numbers = at;
-      sums.mixed = mixed_ > 0 ? at + layout_.numbers : nullptr;
-      at += layout_.numbers + mixed_;
+        memory_(at::zeros({setup.chunks * sets * layout_.numbers + kAlign<T>}, setup.options)),
+        layers_(setup.chunks * sets) {
+    for (int64_t i = 0; i < int64_t(layers_.size()); ++i) {
+      layout_.pointers(numbers(0, 0) + i * layout_.numbers, layers_[i].data(),
+                       setup.solve.field.layers);
     }
   }
 
-  ThreadSums<T>& of(int64_t chunk, int set = 0) { return sums_[chunk * sets_ + set]; }
+  const LayerGradient<T>* layers(int64_t chunk, int set) const {
+    return layers_[chunk * sets_ + set].data();
+  }
 
-  void clear() { memory_.zero_(); }
-  void clear_mixed(ThreadSums<T>& sums) const { std::fill_n(sums.mixed, mixed_, T(0)); }
+  T* numbers(int64_t chunk, int set) const {
+    return aligned(mutable_values<T>(memory_)) + (chunk * sets_ + set) * layout_.numbers;
+  }
 
-  // Adds set `set` of all threads to the first thread's, in order.
+  void clear(int64_t chunk, int set) { std::fill_n(numbers(chunk, set), layout_.numbers, T(0)); }
+
+  // Adds a set of all threads to the first thread's, in order.
   void reduce(int set) {
     for (int64_t chunk = 1; chunk < setup_.chunks; ++chunk) {
-      const T* from = of(chunk, set).numbers;
-      T* to = of(0, set).numbers;
+      const T* from = numbers(chunk, set);
+      T* to = numbers(0, set);
       for (int64_t i = 0; i < layout_.numbers; ++i) to[i] += from[i];
     }
   }
@@ -132,16 +135,45 @@ class GradientSums {
  private:
   const MlpSetup<T>& setup_;
   GradientLayout<T> layout_;
-  int64_t mixed_;
   int sets_;
   at::Tensor memory_;
-  std::vector<ThreadSums<T>> sums_;
+  std::vector<std::array<LayerGradient<T>, kMaxLayers>> layers_;
 };
 
-// Memory for the scratch of unmixing, aligned.
+// One thread's cotangents of the closed form's M: one for each stage, or `one` for all of them.
 template <typename T>
-std::vector<T> mixing_scratch(const MlpSetup<T>& setup) {
-  return std::vector<T>(setup.table.mixing_numbers(setup.solve) + kAlign<T>);
-}
+class MixedBars {
+ public:
+  MixedBars(const MlpSetup<T>& setup, int stages, bool one)
+      : setup_(setup),
+        numbers_(setup.padded(setup.table.mixed_numbers(setup.solve))),
+        stages_(numbers_ == 0 ? 0
+                : one         ? 1
+                              : stages),
+        memory_(stages_ * numbers_ + kAlign<T>),
+        scratch_(setup.table.mixing_numbers(setup.solve) + kAlign<T>) {
+    for (int i = 0; i < stages && stages_ > 0; ++i) {
+      pointers_[i] = aligned(memory_.data()) + (one ? 0 : i) * numbers_;
+    }
+  }
+
+  T* const* pointers() const { return pointers_; }
+
+  // Moves what there is for one stage to the parameters' gradients; returns that of time.
+  T unmix(int stage, const MlpAt<T>& at, const LayerGradient<T>* gradients) {
+    if (stages_ == 0) return T(0);
+    const T time_bar =
+        setup_.table.unmix(setup_.solve, at, pointers_[stage], gradients, aligned(scratch_.data()));
+    std::fill_n(pointers_[stage], numbers_, T(0));
+    return time_bar;
+  }
+
+ private:
+  const MlpSetup<T>& setup_;
+  int64_t numbers_;
+  int stages_;
+  std::vector<T> memory_, scratch_;
+  T* pointers_[kMaxStages] = {};
+};
 
 }  // namespace pycnf

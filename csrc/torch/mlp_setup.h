@@ -109,6 +109,7 @@ class MlpSetup {
         solve.context = values<T>(context_tiles);
       }
     }
+    if (solve.closed_form) mix_once();
     kept_numbers = table.kept_numbers(solve);
     workspace_numbers = table.workspace_numbers(solve);
     workspace = at::empty({chunks, workspace_numbers + kAlign<T>}, options);
@@ -182,8 +183,14 @@ class MlpSetup {
       table.time_layers(solve, tau, rate, memory, layers);
       out.at[i] = {layers, tau, nullptr, nullptr};
       const Tableau& tableau = *solve.tableau;
-      const bool needed = tableau.b[i] != 0 || tableau.e[i] != 0 || i == 0 || i == count - 1;
+      const bool needed =
+          every_stage_mixed || tableau.b[i] != 0 || tableau.e[i] != 0 || i == 0 || i == count - 1;
       if (!solve.closed_form || !needed) return;
+      if (mix_is_constant) {
+        out.at[i].unmixed = constant_mix;
+        out.at[i].mixed = constant_mix + mixed;
+        return;
+      }
       T* const at_time = memory + timed;
       table.mix(solve, layers[solve.field.layers - 1].gate, at_time, at_time + mixed,
                 at_time + 2 * mixed);
@@ -246,8 +253,24 @@ class MlpSetup {
   int64_t chunks = 0;  // of tiles, one a thread
   int64_t kept_numbers = 0;
   int64_t workspace_numbers = 0;
+  // Without a gate in the last layer the closed form's M is the same at any time.
+  bool mix_is_constant = false;
+  // The adjoint has the divergence in all stages, also in those without a weight.
+  bool every_stage_mixed = false;
 
  private:
+  void mix_once() {
+    const auto& last = solve.field.layer[solve.field.layers - 1];
+    mix_is_constant = last.gate_weight == nullptr;
+    if (!mix_is_constant) return;
+    const int64_t mixed = padded(table.mixed_numbers(solve));
+    const std::vector<T> ones(padded(last.out), T(1));
+    std::vector<T> scratch(table.mixing_numbers(solve) + kAlign<T>);
+    constant_memory = at::empty({2 * mixed + kAlign<T>}, options);
+    constant_mix = aligned(mutable_values<T>(constant_memory));
+    table.mix(solve, ones.data(), constant_mix, constant_mix + mixed, aligned(scratch.data()));
+  }
+
   void read_layers(const Parameters& parameters, int64_t activation, int64_t fourier,
                    int64_t features) {
     auto& field = solve.field;
@@ -397,6 +420,8 @@ class MlpSetup {
     solve.probe_stride = unit ? 0 : features * tangents * samples;
   }
 
+  at::Tensor constant_memory;
+  T* constant_mix = nullptr;
   at::Tensor probe_tiles;
   at::Tensor context_tiles;
   at::Tensor workspace;

@@ -252,15 +252,8 @@ Gradient solve_backward(const MlpSetup<T>& setup, const at::Tensor& z_bar,
   const double* time = times.const_data_ptr<double>();
 
   setup.for_each_chunk([&](int64_t chunk) {
-    auto& mine = sums.of(chunk);
     MlpTimes<T> step_times;
-    auto scratch = mixing_scratch(setup);
-    const int64_t mixed = setup.padded(setup.table.mixed_numbers(solve));
-    std::vector<T> mixed_bars(used * mixed + kAlign<T>);
-    T* mixed_pointers[kMaxStages] = {};
-    for (int i = 0; i < used && mixed > 0; ++i) {
-      mixed_pointers[i] = aligned(mixed_bars.data()) + i * mixed;
-    }
+    MixedBars<T> mixed(setup, used, setup.mix_is_constant);
     T* pointers[kMaxStages];
     MlpReverseStep<T> step = {};
     step.rows = features;
@@ -269,8 +262,8 @@ Gradient solve_backward(const MlpSetup<T>& setup, const at::Tensor& z_bar,
     step.z_bar = mutable_values<T>(z_tiles);
     step.context_bar = context_tiles.defined() ? mutable_values<T>(context_tiles) : nullptr;
     step.times_bar = need_times ? of_samples.data() : nullptr;
-    step.gradients = mine.layers;
-    step.mixed_bar = mixed_pointers;
+    step.gradients = sums.layers(chunk, 0);
+    step.mixed_bar = mixed.pointers();
     for (int64_t n = steps - 1; n >= 0; --n) {
       setup.prepare_step(time[3 * n], time[3 * n + 1], time[3 * n + 2], need_times, false,
                          step_times);
@@ -287,7 +280,6 @@ Gradient solve_backward(const MlpSetup<T>& setup, const at::Tensor& z_bar,
           pointers[i] = mutable_values<T>(kept[n + 1]) + (i - 1) * block;
         }
       }
-      std::fill(mixed_bars.begin(), mixed_bars.end(), T(0));
       for (int64_t tile = setup.first_tile(chunk); tile < setup.first_tile(chunk + 1); ++tile) {
         setup.steps.reverse(solve, step, tile, setup.memory_of(chunk));
       }
@@ -297,13 +289,13 @@ Gradient solve_backward(const MlpSetup<T>& setup, const at::Tensor& z_bar,
         const double* of = &of_samples[tile * 2 * setup.samples];
         for (int64_t i = 0; i < 2 * setup.samples; ++i) of_thread[i / setup.samples] += of[i];
       }
-      for (int i = 0; i < used && mixed > 0; ++i) {
-        if (tableau.b[i] == 0) continue;
-        const T time_bar = setup.table.unmix(solve, step.at[i], mixed_pointers[i], mine.layers,
-                                             aligned(scratch.data()));
+      for (int i = 0; i < used; ++i) {
+        // What is the same for all stages of all steps is moved once, at the end.
+        if (setup.mix_is_constant ? n > 0 || i > 0 : tableau.b[i] == 0) continue;
+        const double time_bar = double(mixed.unmix(i, step.at[i], step.gradients));
         if (!need_times) continue;
-        of_thread[0] += double(time_bar);
-        of_thread[1] += double(time_bar) * tableau.c[i];
+        of_thread[0] += time_bar;
+        of_thread[1] += time_bar * tableau.c[i];
       }
     }
   });
@@ -316,7 +308,7 @@ Gradient solve_backward(const MlpSetup<T>& setup, const at::Tensor& z_bar,
   auto context_bar = context_tiles.defined() ? setup.from_tiles(context_tiles, width, 0, width)
                                              : at::empty({0}, setup.options);
   return {setup.from_tiles(z_tiles, features, 0, features), context_bar,
-          sums.tensors(sums.of(0).numbers, parameters), times_bar};
+          sums.tensors(sums.numbers(0, 0), parameters), times_bar};
 }
 
 Gradient mlp_solve_backward_cpu(const at::Tensor& z_bar,

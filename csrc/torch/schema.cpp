@@ -80,4 +80,35 @@ TORCH_LIBRARY(pycnf, m) {
       "mlp_solve_backward(Tensor z_bar, Tensor? extras_bar, Tensor? probe, Tensor? context, "
       "Tensor?[] parameters, str method, int[] kind, float[] weights, Tensor times, "
       "Tensor[] states, Tensor[] kept, bool need_times) -> (Tensor, Tensor, Tensor[], Tensor)");
+
+  // The adjoint equation from start (where z and the cotangents are known) to end: the gradients of
+  // x, context and parameters, and a report. `segments`: for each parameter the part of the error
+  // norm that it belongs to (-1: none) and how many numbers it has; empty where the norm is that of z
+  // and its cotangent alone.
+  m.def(
+      "mlp_adjoint(Tensor z, Tensor z_bar, Tensor? extras_bar, Tensor? probe, Tensor? context, "
+      "Tensor?[] parameters, str method, int[] kind, float[] weights, float start, float end, "
+      "float[] control, float[] grid, int[] segments) -> (Tensor, Tensor, Tensor[], Tensor)");
+
+  // ---- the same with steps per sample: every sample takes its own -------------------------------
+
+  // As mlp_solve. The report counts the sample that took most. The tape: (t, h, t_next, ends) [N, 4]
+  // and z [N, D] of all accepted steps, the place of each sample's preceding one [N] (-1: none), and
+  // of each sample's last [B]; empty unless `taped`.
+  m.def(
+      "mlp_samples(Tensor x, Tensor? probe, Tensor? context, Tensor?[] parameters, str method, "
+      "int[] kind, float[] weights, float start, float end, float[] control, bool taped) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // As mlp_solve_backward; the last result is the gradient of start and end [2], if wanted.
+  m.def(
+      "mlp_samples_backward(Tensor z_bar, Tensor? extras_bar, Tensor? probe, Tensor? context, "
+      "Tensor?[] parameters, str method, int[] kind, float[] weights, Tensor times, Tensor states, "
+      "Tensor previous, Tensor newest, bool need_times) -> (Tensor, Tensor, Tensor[], Tensor)");
+
+  // As mlp_adjoint; parameters are a quadrature.
+  m.def(
+      "mlp_samples_adjoint(Tensor z, Tensor z_bar, Tensor? extras_bar, Tensor? probe, "
+      "Tensor? context, Tensor?[] parameters, str method, int[] kind, float[] weights, "
+      "float start, float end, float[] control) -> (Tensor, Tensor, Tensor[], Tensor)");
 }

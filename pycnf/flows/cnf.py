@@ -358,9 +358,13 @@ class CNF(nn.Module):
         why = why_not_fused(self.field)
         if why is not None:
             return why
-        for name, value in (("steps", "shared"), ("gradient", "discrete")):
-            if getattr(self, name) != value:
-                return f"{name}={getattr(self, name)!r} runs on the generic engine"
+        if self.gradient == "autograd":
+            return "gradient='autograd' goes through the operations of the generic engine"
+        if self.gradient == "continuous" and self.field.context and self.steps == "shared":
+            return (
+                "gradient='continuous' has the gradient of the context in its error norm, which "
+                "the fused engine does not compute while it solves; 'seminorm' has not"
+            )
         like = _tensor_of(self.field)
         if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
             return (

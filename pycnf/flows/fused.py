@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pycnf._ops import mlp_solve, mlp_solve_backward
+from pycnf._ops import (
+    mlp_adjoint,
+    mlp_samples,
+    mlp_samples_adjoint,
+    mlp_samples_backward,
+    mlp_solve,
+    mlp_solve_backward,
+)
 from pycnf.nn.activation import ACTIVATIONS
 from pycnf.nn.closed_form import HIDDEN_LAYERS
 from pycnf.nn.layers import Parts
@@ -17,9 +24,10 @@ from .control import AdaptiveControl
 from .dynamics import REGULARIZERS, Dynamics
 from .errors import SolveError
 from .forward import Taped
+from .per_sample import Steps, TapedRows
 from .problem import Problem
 from .shared import Step, slopes
-from .solve import replayed_gradient
+from .solve import filled, gradients_of_ends, replayed_gradient
 
 PLACES = {name: place for place, name in enumerate(ACTIVATIONS)}
 # In the order of Divergence in csrc/torch/mlp_setup.h.
@@ -62,7 +70,8 @@ def solve_fused(
     tensors = [tensor for layer in field.layers for tensor in layer.parts()]
     inputs = (x, offset, start, end, *tensors)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    z, *extras = _Discrete.apply(problem, needed, *inputs)
+    function = _Discrete if problem.gradient == "discrete" else _Adjoint
+    z, *extras = function.apply(problem, needed, *inputs)
     # Compiled code has the regularizers in an order of its own.
     made = dict(zip(_rows(problem), extras[1:]))
     return z, *extras[:1], *(made[name] for name in problem.regularizers if problem.divergence)
@@ -72,12 +81,13 @@ def _rows(problem: Problem) -> list[str]:
     return [name for name in REGULARIZERS if name in problem.regularizers]
 
 
-def _settings(problem: Problem, field: MLP) -> tuple[str, list[int], list[float]]:
-    """The ops' `method`, `kind` and `weights`."""
+def _settings(problem: Problem, extras: bool = True) -> tuple[str, list[int], list[float]]:
+    """The ops' `method`, `kind` and `weights`; without extras if they are not wanted."""
+    field, extras = problem.field, extras and problem.divergence
     divergence = NO_DIVERGENCE
-    if problem.divergence and problem.probe is not None:
+    if extras and problem.probe is not None:
         divergence = PROBES
-    elif problem.divergence:
+    elif extras:
         gated = field.layers[-1].parts().gate_weight is not None
         closed = len(field.hidden) in HIDDEN_LAYERS and "jacobian" not in problem.regularizers
         # With times of their own, samples would need a matrix of their own as well.
@@ -87,17 +97,18 @@ def _settings(problem: Problem, field: MLP) -> tuple[str, list[int], list[float]
         PLACES[field.activation.name],
         0 if field.time == "t" else field.time[1],
         divergence,
-        *(int(problem.divergence and name in problem.regularizers) for name in REGULARIZERS),
+        *(int(extras and name in problem.regularizers) for name in REGULARIZERS),
     ]
     weights = [problem.regularizers.get(name, 0.0) * problem.direction for name in REGULARIZERS]
     return problem.tableau.name, kind, [problem.sign, *weights]
 
 
-def _control(problem: Problem) -> tuple[list[float], list[float]]:
+def _control(problem: Problem, backwards: bool = False) -> tuple[list[float], list[float]]:
     """The ops' `control` and `grid`."""
     control = problem.control
     if not isinstance(control, AdaptiveControl):
-        return [], control.grid(problem.start, problem.end)
+        ends = (problem.end, problem.start) if backwards else (problem.start, problem.end)
+        return [], control.grid(*ends)
     numbers = [
         control.rtol, control.atol, control.first_step or 0.0, control.max_step,
         control.safety, control.ifactor, control.dfactor, float(control.max_num_steps),
@@ -111,14 +122,6 @@ def _parts(tensors: Sequence[Tensor | None]) -> list[Parts]:
     return [Parts(*tensors[i : i + size]) for i in range(0, len(tensors), size)]
 
 
-def _stacked(extrabars: Sequence[Tensor | None]) -> Tensor | None:
-    """Cotangents of the extras [E, B]; None if there are none."""
-    known = [bar for bar in extrabars if bar is not None]
-    if not known:
-        return None
-    return torch.stack([torch.zeros_like(known[0]) if bar is None else bar for bar in extrabars])
-
-
 class _Discrete(torch.autograd.Function):
     """The solve and the exact gradient of the numbers that were computed.
 
@@ -129,57 +132,143 @@ class _Discrete(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, needed: bool, x, offset, start, end, *tensors):
-        settings = _settings(problem, problem.field)
-        numbers, grid = _control(problem)
         # Kept stages know nothing of the rates that a gradient by the interval's ends needs.
         budget = problem.keep_bytes if start is None and end is None else 0
-        z, extras, report, *tape = mlp_solve(
-            x, problem.probe, offset, tensors, *settings, problem.start, problem.end, numbers, grid,
-            budget if needed else -1,
-        )  # fmt: skip
-        _read_report(problem, report.tolist())
-        if needed:
-            ctx.problem = problem
-            ctx.settings = settings
-            ctx.times, ctx.states, ctx.kept = tape
-            ctx.save_for_backward(x, offset, start, end, *tensors)
+        z, extras, ctx.tape = _run(problem, budget if needed else -1, x, offset, tensors)
+        ctx.problem = problem
+        ctx.save_for_backward(x, offset, start, end, *tensors)
         ctx.set_materialize_grads(False)
         return z, *(extra.clone() for extra in extras)
 
     @staticmethod
-    def backward(ctx: Any, z_bar: Tensor | None, *extrabars: Tensor | None):
+    def backward(ctx: Any, *cotangents: Tensor | None):
         x, offset, start, end, *tensors = ctx.saved_tensors
         problem = ctx.problem
         if torch.is_grad_enabled():
-            steps = [Taped(step, x) for step in _steps(problem, ctx.times)]
-            return None, None, *_differentiable(ctx, steps, (z_bar, *extrabars))
-        if z_bar is None:
-            z_bar = torch.zeros_like(x)
-        needs_start, needs_end = ctx.needs_input_grad[4:6]
-        x_bar, offset_bar, bars, times_bar = mlp_solve_backward(
-            z_bar, _stacked(extrabars), problem.probe, offset, tensors, *ctx.settings,
-            ctx.times, ctx.states, ctx.kept, needs_start or needs_end,
+            return None, None, *_differentiable(ctx, cotangents)
+        zbar, extrabars = filled(x, cotangents)
+        needs_ends = ctx.needs_input_grad[4:6]
+        arguments = (
+            zbar, torch.stack(extrabars) if extrabars else None, problem.probe, offset, tensors,
+            *_settings(problem), *ctx.tape, any(needs_ends),
         )  # fmt: skip
-        again = sum(block.numel() == 0 for block in ctx.kept[1:])
-        # The memory goes; another backward computes the stages again.
-        ctx.kept = [block.new_empty(0) for block in ctx.kept]
+        if problem.per_sample:
+            x_bar, offset_bar, bars, ends_bar = mlp_samples_backward(*arguments)
+            again = problem.stats.accepted
+        else:
+            x_bar, offset_bar, bars, times_bar = mlp_solve_backward(*arguments)
+            times, states, kept = ctx.tape
+            again = sum(block.numel() == 0 for block in kept[1:])
+            # The memory goes; another backward computes the stages again.
+            ctx.tape = times, states, [block.new_empty(0) for block in kept]
+            if any(needs_ends):
+                moves = [(step.t_slope, step.h_slope) for step in _steps(problem, times)]
+                ends_bar = (times_bar.unsqueeze(-1) * times_bar.new_tensor(moves)).sum((0, 1))
         problem.stats.nfe_backward += again * problem.tableau.stages_in_use
-        ends_bar: list[Tensor | None] = [None, None]
-        if needs_start or needs_end:
-            steps = _steps(problem, ctx.times)
-            by_end = times_bar.new_tensor([[step.t_slope, step.h_slope] for step in steps])
-            ends_bar = list((times_bar.unsqueeze(-1) * by_end).sum((0, 1)).unbind())
         return (
             None,
             None,
             x_bar,
             offset_bar if offset is not None else None,
-            *(
-                bar.to(end) if need else None
-                for bar, end, need in zip(ends_bar, (start, end), (needs_start, needs_end))
-            ),
+            ends_bar[0].to(start) if needs_ends[0] else None,
+            ends_bar[1].to(end) if needs_ends[1] else None,
             *(None if p is None else bar for p, bar in zip(tensors, bars)),
         )
+
+
+class _Adjoint(torch.autograd.Function):
+    """The solve, and its gradient by the adjoint differential equation; see `flows.adjoint`."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, needed: bool, x, offset, start, end, *tensors):
+        z, extras, _ = _run(problem, -1, x, offset, tensors)
+        ctx.problem = problem
+        ctx.save_for_backward(x, z, offset, start, end, *tensors)
+        ctx.set_materialize_grads(False)
+        return z, *(extra.clone() for extra in extras)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None):
+        problem = ctx.problem
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"the gradient of a solve with gradient={problem.gradient!r} cannot be "
+                "differentiated again (create_graph=True); use gradient='autograd' or 'discrete'"
+            )
+        x, z, offset, _, _, *tensors = ctx.saved_tensors
+        zbar, extrabars = filled(z, cotangents)
+        control, grid = _control(problem, backwards=True)
+        arguments = (
+            z, zbar, torch.stack(extrabars) if extrabars else None,
+            problem.probe if extrabars else None, offset, tensors,
+            *_settings(problem, bool(extrabars)), problem.end, problem.start, control,
+        )  # fmt: skip
+        if problem.per_sample:
+            x_bar, offset_bar, bars, report = mlp_samples_adjoint(*arguments)
+        else:
+            segments = []
+            if problem.gradient == "continuous":
+                segments = _segments(problem.field, tensors, ctx.needs_input_grad[6:])
+            x_bar, offset_bar, bars, report = mlp_adjoint(*arguments, grid, segments)
+        _, _, evaluations, _, *failure = report.tolist()
+        problem.stats.nfe_backward += int(evaluations)
+        _check(problem, *failure)
+        ends_bar = gradients_of_ends(
+            Dynamics(problem.on(_twin(problem, offset, tensors))), (x, z), (x_bar, zbar),
+            offset, extrabars, ctx.needs_input_grad[4:6],
+        )  # fmt: skip
+        return (
+            None,
+            None,
+            x_bar,
+            offset_bar if offset is not None else None,
+            *ends_bar,
+            *(None if p is None else bar for p, bar in zip(tensors, bars)),
+        )
+
+
+def _run(
+    problem: Problem,
+    keep_bytes: int,
+    x: Tensor,
+    offset: Tensor | None,
+    tensors: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor, list]:
+    """Solves forward and writes the stats: z, extras [E, B], and a tape unless keep_bytes < 0."""
+    control, grid = _control(problem)
+    arguments = (
+        x, problem.probe, offset, tensors, *_settings(problem), problem.start, problem.end, control,
+    )  # fmt: skip
+    if problem.per_sample:
+        z, extras, report, *tape = mlp_samples(*arguments, keep_bytes >= 0)
+    else:
+        z, extras, report, *tape = mlp_solve(*arguments, grid, keep_bytes)
+    stats = problem.stats
+    accepted, rejected, evaluations, step_size, *failure = report.tolist()
+    stats.accepted += int(accepted)
+    stats.rejected += int(rejected)
+    stats.nfe_forward += int(evaluations)
+    if not problem.per_sample:
+        stats.step_size = step_size
+    _check(problem, *failure)
+    return z, extras, tape
+
+
+def _segments(field: MLP, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[int]:
+    """For every tensor of every layer the parameter that it is a part of, and its size.
+
+    In the continuous adjoint's norm every parameter is a part; a concat layer's weight is one for
+    its part that meets time as well.
+    """
+    found: dict[int, int] = {}
+    segments = []
+    for tensor, need in zip(tensors, needs):
+        if tensor is None or not need:
+            segments += [-1, 0]
+            continue
+        whole = tensor if tensor._base is None else tensor._base
+        segments += [found.setdefault(id(whole), len(found)), tensor.numel()]
+    return segments
 
 
 def _steps(problem: Problem, times: Tensor) -> list[Step]:
@@ -190,41 +279,45 @@ def _steps(problem: Problem, times: Tensor) -> list[Step]:
     ]
 
 
-def _differentiable(
-    ctx: Any, tape: Sequence[Any], cotangents: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+def _differentiable(ctx: Any, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradient by a solve's inputs as a differentiable function of everything."""
     x, offset, start, end, *tensors = ctx.saved_tensors
     problem = ctx.problem
-    width = 0 if offset is None else offset.shape[1]
-    twin = problem.field.with_parts(_parts(tensors), width)
-    z_bar, *extrabars = cotangents
+    if problem.per_sample:
+        tape = _rows_of_steps(*ctx.tape)
+    else:
+        tape = [Taped(step, x) for step in _steps(problem, ctx.tape[0])]
+    zbar, *extrabars = cotangents
     made = dict(zip(_rows(problem), extrabars[1:]))
     extrabars = [*extrabars[:1], *(made[name] for name in problem.regularizers if made)]
-    dynamics = Dynamics(problem.on(twin))
+    dynamics = Dynamics(problem.on(_twin(problem, offset, tensors)))
+    inputs = [x, offset, start, end, *tensors]
     with torch.autocast(x.device.type, enabled=False):
         return replayed_gradient(
-            dynamics,
-            tape,
-            [x, offset, start, end, *tensors],
-            ctx.needs_input_grad[2:],
-            (z_bar, *extrabars),
+            dynamics, tape, inputs, ctx.needs_input_grad[2:], (zbar, *extrabars)
         )
 
 
-def _read_report(problem: Problem, report: list[float]) -> None:
-    """Fills in the stats, or raises what stopped the solve."""
-    stats = problem.stats
-    accepted, rejected, evaluations, step_size, status, time, size, finite, worst = report
-    stats.accepted += int(accepted)
-    stats.rejected += int(rejected)
-    stats.nfe_forward += int(evaluations)
-    if not problem.per_sample:
-        stats.step_size = step_size
-    check_report(problem, status, time, size, finite, worst)
+def _twin(problem: Problem, offset: Tensor | None, tensors: Sequence[Tensor | None]) -> MLP:
+    """The field on the tensors that a solve was given, for the generic engine."""
+    return problem.field.with_parts(_parts(tensors), 0 if offset is None else offset.shape[1])
 
 
-def check_report(
+def _rows_of_steps(
+    times: Tensor, states: Tensor, previous: Tensor, newest: Tensor
+) -> list[TapedRows]:
+    """The tape of steps per sample for the generic engine: every sample's last, and so on back."""
+    tape = []
+    rows, places = torch.arange(newest.shape[0]), newest
+    while rows.numel():
+        t, h, t_next, last = times[places].unbind(1)
+        tape.append(TapedRows(Steps(rows, t, h, t_next, last != 0), states[places]))
+        places = previous[places]
+        rows, places = rows[places >= 0], places[places >= 0]
+    return tape[::-1]
+
+
+def _check(
     problem: Problem, status: float, time: float, size: float, finite: float, worst: float
 ) -> None:
     """Raises what stopped a solve, if anything did."""

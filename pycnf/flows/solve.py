@@ -221,7 +221,7 @@ def _taped_gradient(
     """The gradient step by step, last step first."""
     dynamics, parameters = ctx.dynamics, ctx.parameters
     problem = dynamics.problem
-    zbar, extrabars = _filled(x, cotangents)
+    zbar, extrabars = filled(x, cotangents)
     zbar = zbar.clone()
     need_context, need_start, need_end = ctx.needs_input_grad[4:7]
     shifts = None
@@ -278,7 +278,7 @@ def _taped_gradient(
     ]
 
 
-def _filled(z: Tensor, cotangents: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+def filled(z: Tensor, cotangents: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
     """The cotangents of z and of the extras, zeros for missing ones; no extras if none is there.
 
     A loss that sees no extras needs no divergence in its gradient.
@@ -327,8 +327,8 @@ def _adjoint_gradient(
 ) -> list[Tensor | None]:
     dynamics = ctx.dynamics
     problem = dynamics.problem
-    zbar, extrabars = _filled(z, cotangents)
-    needs_x, need_context, need_start, need_end = ctx.needs_input_grad[3:7]
+    zbar, extrabars = filled(z, cotangents)
+    needs_x, need_context, *needs_ends = ctx.needs_input_grad[3:7]
     if need_context:
         context = context.detach().requires_grad_()
     others = ([context] if need_context else []) + list(ctx.parameters)
@@ -342,12 +342,39 @@ def _adjoint_gradient(
         outcome = integrate(system, system.initial(zbar), *arguments)
         xbar, totals = system.gradients(outcome.y)
 
-    def flow_of(time: float, state: Tensor, bar: Tensor) -> Tensor:
-        t = torch.tensor(time, dtype=z.dtype, device=z.device)
-        parts = dynamics.evaluate(t, state, context, problem.probe, True)
-        return sum((b * part.detach()).sum() for b, part in zip((bar, *extrabars), parts))
-
-    start_bar = -flow_of(problem.start, x, xbar) if need_start else None
-    end_bar = flow_of(problem.end, z, zbar) if need_end else None
+    ends_bar = gradients_of_ends(dynamics, (x, z), (xbar, zbar), context, extrabars, needs_ends)
     context_bar = totals.pop(0) if need_context else None
-    return [xbar if needs_x else None, context_bar, start_bar, end_bar, *totals]
+    return [xbar if needs_x else None, context_bar, *ends_bar, *totals]
+
+
+def gradients_of_ends(
+    dynamics: Dynamics,
+    states: tuple[Tensor, Tensor],
+    bars: tuple[Tensor, Tensor],
+    context: Tensor | None,
+    extrabars: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The adjoint's gradients of the start and the end of a solve, where they are needed.
+
+    Args:
+        dynamics: Right-hand side.
+        states: z at the start and at the end, [B, D].
+        bars: Their cotangents.
+        context: Given to the field.
+        extrabars: Cotangents of the extras, [B] each.
+        needs: Which of the two are needed.
+    """
+    problem = dynamics.problem
+    results: list[Tensor | None] = []
+    times = (problem.start, problem.end)
+    for time, state, bar, sign, need in zip(times, states, bars, (-1, 1), needs):
+        if not need:
+            results.append(None)
+            continue
+        t = torch.tensor(time, dtype=state.dtype, device=state.device)
+        parts = dynamics.evaluate(t, state, context, problem.probe, True)
+        results.append(
+            sign * sum((b * part.detach()).sum() for b, part in zip((bar, *extrabars), parts))
+        )
+    return tuple(results)

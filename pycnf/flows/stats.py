@@ -10,7 +10,8 @@ class SolveStats:
     """Counts of one solve; every forward makes its own object, and its backward completes it.
 
     Attributes:
-        nfe_forward: Evaluations of the field until the result was there, rejected steps included.
+        nfe_forward: Evaluations of the field until the result was there, rejected steps included;
+            with steps per sample, of the sample that took most (on the fused engine) or of any.
         nfe_backward: Evaluations of the field during the gradient; 0 until then, and where the
             gradient evaluates nothing: `gradient="autograd"`, and "discrete" with its stages kept.
         accepted: Accepted steps; with steps per sample, of the sample that took most.

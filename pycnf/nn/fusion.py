@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .divergence import VectorField, has_forward_mode
-from .layers import LAYERS, Parts, TimeLayer
-from .mlp import MLP, TimeFeatures
+from .layers import LAYERS
+from .layouts import HOOKS, NotRecognised, a_named, candidates_of, frequencies_of, hooked, is_linear
+from .mlp import MLP
 
 MOST_LAYERS = 16  # kMaxLayers in csrc/core/mlp.h
-
 TIMES = ("none", "first", "last")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def why_not_fused(field: VectorField) -> str | None:
@@ -37,7 +36,7 @@ def why_not_fused(field: VectorField) -> str | None:
         return f"the field is a plain callable ({type(field).__name__}), not a pycnf.nn.MLP"
     if not isinstance(field, MLP):
         return f"the field is a {type(field).__name__}, not a pycnf.nn.MLP"
-    if not has_forward_mode(field) or _hooked(field) is not None:
+    if not has_forward_mode(field) or hooked(field) is not None:
         return "the field is an MLP with hooks or with a forward of its own"
     for layer in field.layers:
         parts = layer.parts()
@@ -58,7 +57,7 @@ def fuse(module: Callable[..., Any], time: str | None = None) -> MLP:
     """The `MLP` that computes what a module of another make does, with the module's own parameters.
 
     Recognised are, with biases or without, and with one of Tanh, Softplus, ELU, SiLU, SELU, ReLU
-    and GELU between the Linear layers:
+    and GELU (or none) between all Linear layers:
 
     * an `nn.Sequential`, and any module of one argument with one Sequential in it: its input is z,
       or t and z side by side, as `time` says;
@@ -70,8 +69,8 @@ def fuse(module: Callable[..., Any], time: str | None = None) -> MLP:
 
     Nothing is copied: a step of an optimizer, `load_state_dict` and `.to` on the module are seen by
     the field, and the field's gradients arrive at the module's parameters. The module itself is
-    called here, a few times, to compare values, and never again: what its forward is
-    made to do later, and hooks registered later, the field does not know.
+    called here, a few times, to compare values, and never again: the field does not know what its
+    forward is made to do later, nor hooks registered later, and counts no evaluations there.
 
     Args:
         module: The module.
@@ -95,13 +94,13 @@ def fuse(module: Callable[..., Any], time: str | None = None) -> MLP:
         if getattr(module, "residual", False):
             raise ValueError("module: an ODEfunc with residual=True subtracts z from its field")
         module = module.diffeq
-    elif _frequencies(module) is not None and callable(getattr(module, "f", None)):
+    elif frequencies_of(module) is not None and callable(getattr(module, "f", None)):
         module = module.f
     try:
         if time is None and not _is_plain(module):
             return _recognise(module)
         return _recognise_plain(module, time)
-    except _NotRecognised as why:
+    except NotRecognised as why:
         raise ValueError(f"module: {why}") from None
 
 
@@ -116,12 +115,12 @@ def recognise(field: VectorField) -> MLP | str:
         return field
     try:
         if _is_plain(field):
-            raise _NotRecognised(
+            raise NotRecognised(
                 f"the field is a {type(field).__name__}, a function of one argument: "
                 "pycnf.nn.fuse(field) makes it one of t and z"
             )
         return _recognise(field)
-    except _NotRecognised as why:
+    except NotRecognised as why:
         return str(why)
 
 
@@ -145,53 +144,27 @@ def _owner(field: VectorField) -> nn.Module | None:
 
 def _is_plain(field: VectorField) -> bool:
     """Whether this is a network of one argument by its type."""
-    return _is_linear(field) or (
+    return is_linear(field) or (
         isinstance(field, nn.Sequential) and type(field).forward is nn.Sequential.forward
     )
-
-
-def _hooked(module: nn.Module) -> str | None:
-    """The name of a submodule with hooks; "" for the module itself, None for none."""
-    for name, part in module.named_modules():
-        if any(getattr(part, hooks) for hooks in HOOKS):
-            return name
-    return None
 
 
 def _recognise(field: VectorField) -> MLP:
     """The field that a callable f(t, z) is."""
     module = _owner(field)
     if module is None:
-        raise _NotRecognised(f"the field is a plain callable ({type(field).__name__}), no module")
-    _check(module)
-    name, network = _network(module)
-    if _is_odenet(network):
-        candidates = [_of_odenet(name, network)]
-    else:
-        freqs = _frequencies(module)
-        if freqs is not None:
-            multiples = torch.arange(1, len(freqs) + 1, dtype=freqs.dtype).to(freqs) * math.pi
-            if not torch.allclose(freqs, multiples, 10 * torch.finfo(freqs.dtype).eps, 0.0):
-                raise _NotRecognised(
-                    f"the field's frequencies are not π, 2π, … as {freqs.dtype} has them"
-                )
-        count = 0 if freqs is None else len(freqs)
-        candidates = _of_sequence(name, network, None, count)
-    return _choose(field, module, candidates)
+        raise NotRecognised(f"the field is a plain callable ({type(field).__name__}), no module")
+    return _choose(field, module, candidates_of(module))
 
 
 def _recognise_plain(field: VectorField, time: str | None) -> MLP:
     """The field that a module of one argument is."""
     module = _owner(field)
     if module is None:
-        raise _NotRecognised(f"got a plain callable ({type(field).__name__}), expected a module")
-    _check(module)
-    name, network = _network(module)
-    if _is_odenet(network):
-        raise _NotRecognised(f"{_called(name)} is an ODEnet, a function of t and z: leave out time")
-    candidates = _of_sequence(name, network, time, 0)
+        raise NotRecognised(f"got a plain callable ({type(field).__name__}), expected a module")
+    candidates = candidates_of(module, time)
     if len(candidates) > 1:
-        raise _NotRecognised(
+        raise NotRecognised(
             f"the field has one input more than its {candidates[0].features} outputs: say "
             "time='first' or time='last'"
         )
@@ -203,9 +176,6 @@ def _recognise_plain(field: VectorField, time: str | None) -> MLP:
         return field(torch.cat(inputs, 1))
 
     return _choose(call, module, candidates)
-
-
-# ---- what the numbers say ----------------------------------------------------------------------
 
 
 class _Together(nn.Module):
@@ -242,14 +212,14 @@ def _choose(field: VectorField, module: nn.Module, candidates: list[MLP]) -> MLP
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(like)
+        return torch.randn(shape, generator=generator, device="cpu").to(like)
 
     parameters = {
         f"module.{name}": draw(*p.shape) / max(1, math.prod(p.shape[1:])) ** 0.5
         for name, p in module.named_parameters()
     }
     rows, features, context = 8, candidates[0].features, candidates[0].context
-    sizes = torch.logspace(-2, 1, rows).unsqueeze(1).to(like)
+    sizes = torch.logspace(-2, 1, rows, device="cpu").unsqueeze(1).to(like)
     together = _Together(module, [field, *candidates])
     agree = [True] * len(candidates)
     # A few digits short of the dtype's, as the order of sums may differ: 7e-5 in f32.
@@ -262,7 +232,7 @@ def _choose(field: VectorField, module: nn.Module, candidates: list[MLP]) -> MLP
         _as_it_was(module),
     ):
         for time in (0.0, 1.0, 0.37, -1.6):
-            inputs = [torch.tensor(time).to(like), draw(rows, features) * sizes]
+            inputs = [torch.tensor(time, device="cpu").to(like), draw(rows, features) * sizes]
             if context:
                 inputs.append(draw(rows, context))
             try:
@@ -272,12 +242,13 @@ def _choose(field: VectorField, module: nn.Module, candidates: list[MLP]) -> MLP
                     together, parameters, tuple(inputs), tie_weights=False
                 )
             except Exception as error:
-                raise _NotRecognised(
-                    f"calling the field raised {type(error).__name__}: {error}"
+                first, *_ = str(error).splitlines() or [""]
+                raise NotRecognised(
+                    f"calling the field raised {type(error).__name__}: {first}"
                 ) from None
             if not isinstance(value, Tensor) or value.shape != inputs[1].shape:
-                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else _a(value)
-                raise _NotRecognised(f"calling the field returned {got}, expected z's shape")
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else a_named(value)
+                raise NotRecognised(f"calling the field returned {got}, expected z's shape")
             scale = value.abs().amax(1, keepdim=True) * tolerance
             agree = [
                 good and bool(((other - value).abs() <= scale).all())
@@ -286,7 +257,7 @@ def _choose(field: VectorField, module: nn.Module, candidates: list[MLP]) -> MLP
     if not any(agree):
         where = {"none": "of z", "first": "of [t; z]", "last": "of [z; t]"}
         tried = " or ".join(where[c.layers[0].time] for c in candidates)
-        raise _NotRecognised(
+        raise NotRecognised(
             f"the field's forward computes something else than its layers in a row do {tried}"
         )
     return candidates[agree.index(True)]

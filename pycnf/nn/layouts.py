@@ -25,9 +25,10 @@ ACTIVATION_MODULES: dict[type[nn.Module], tuple[str, dict[str, Any]]] = {
     nn.ReLU: ("relu", {}),
     nn.GELU: ("gelu", {"approximate": "none"}),
 }
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class _NotRecognised(Exception):
+class NotRecognised(Exception):
     """Its message is the sentence."""
 
 
@@ -86,13 +87,51 @@ class Linked(TimeLayer):
         return Parts(weight, bias, gate_weight, gate_bias, shift_weight)
 
 
-def _frequencies(module: Any) -> Tensor | None:
+def candidates_of(module: nn.Module, time: str | None = None) -> list[MLP]:
+    """The fields that a module may be, at least one.
+
+    Args:
+        module: The module.
+        time: Where the input of its Linear layers has the time: "none", "first" or "last"; None if
+            that is not known.
+
+    Raises:
+        NotRecognised: It is none that we know.
+    """
+    where = hooked(module)
+    if where is not None:
+        raise NotRecognised(f"{_called(where)} has hooks, which only a call would run")
+    if len({(p.dtype, p.device) for p in module.parameters()}) > 1:
+        raise NotRecognised("the field's parameters differ in dtype or device")
+    if any(p.is_meta for p in module.parameters()):
+        raise NotRecognised("the field's parameters are on the meta device and have no values")
+    name, network = _network(module)
+    if _is_odenet(network):
+        return [_of_odenet(name, network)]
+    freqs = frequencies_of(module)
+    if freqs is None:
+        return _of_sequence(name, network, time, 0)
+    multiples = torch.arange(1, len(freqs) + 1, dtype=freqs.dtype).to(freqs) * math.pi
+    if not torch.allclose(freqs, multiples, 10 * torch.finfo(freqs.dtype).eps, 0.0):
+        raise NotRecognised(f"the field's frequencies are not π, 2π, … as {freqs.dtype} has them")
+    return _of_sequence(name, network, time, len(freqs))
+
+
+def hooked(module: nn.Module) -> str | None:
+    """The name of a submodule with hooks; "" for the module itself, None for none."""
+    for name, part in module.named_modules():
+        if any(getattr(part, hooks) for hooks in HOOKS):
+            return name
+    return None
+
+
+def frequencies_of(module: Any) -> Tensor | None:
     """The frequencies of a zuko field."""
     freqs = module._buffers.get("freqs") if isinstance(module, nn.Module) else None
     return freqs if freqs is not None and freqs.dim() == 1 and freqs.numel() else None
 
 
-def _is_linear(module: Any) -> bool:
+def is_linear(module: Any) -> bool:
     """Whether this is a Linear, torch's or of its likeness (zuko's), and nothing else."""
     return (
         isinstance(module, nn.Module)
@@ -108,39 +147,31 @@ def _called(name: str) -> str:
     return f"layer {name}" if name else "the field"
 
 
-def _a(thing: object) -> str:
+def a_named(thing: object) -> str:
     name = type(thing).__name__
     return f"an {name}" if name[0] in "AEIOU" else f"a {name}"
-
-
-def _check(module: nn.Module) -> None:
-    hooked = _hooked(module)
-    if hooked is not None:
-        raise _NotRecognised(f"{_called(hooked)} has hooks, which only a call would run")
-    if len({(p.dtype, p.device) for p in module.parameters()}) > 1:
-        raise _NotRecognised("the field's parameters differ in dtype or device")
 
 
 def _network(module: nn.Module) -> tuple[str, nn.Module]:
     """The network in a module that is or wraps one, and its name there."""
     names: list[str] = []
-    while not (isinstance(module, nn.Sequential) or _is_linear(module) or _is_odenet(module)):
+    while not (isinstance(module, nn.Sequential) or is_linear(module) or _is_odenet(module)):
         name = ".".join(names)
         if type(module).__module__.split(".")[0] == "torch":
             # Not a wrapper to look into: DistributedDataParallel, torch.compile's, ModuleList.
-            raise _NotRecognised(f"{_called(name)} is {_a(module)}")
-        known = () if _frequencies(module) is None else ("freqs", "times")
+            raise NotRecognised(f"{_called(name)} is {a_named(module)}")
+        known = () if frequencies_of(module) is None else ("freqs", "times")
         own = [*module._parameters, *(key for key in module._buffers if key not in known)]
         if own:
-            raise _NotRecognised(
-                f"{_called(name)}, {_a(module)}, has a tensor {own[0]!r} of its own"
+            raise NotRecognised(
+                f"{_called(name)}, {a_named(module)}, has a tensor {own[0]!r} of its own"
             )
         children = dict(module.named_children())
         if len(children) != 1:
             found = f"{len(children)} submodules" if children else "no submodules"
-            raise _NotRecognised(
-                f"{_called(name)}, {_a(module)}, has {found}; expected one, a Sequential of Linear "
-                "layers and activations"
+            raise NotRecognised(
+                f"{_called(name)}, {a_named(module)}, has {found}; expected one, a Sequential "
+                "of Linear layers and activations"
             )
         ((child, module),) = children.items()
         names.append(child)
@@ -163,15 +194,15 @@ def _leaves(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _activation_of(name: str, module: nn.Module) -> str:
     if type(module) not in ACTIVATION_MODULES:
-        raise _NotRecognised(
-            f"{_called(name)} is {_a(module)}, which is neither Linear nor a known activation"
+        raise NotRecognised(
+            f"{_called(name)} is {a_named(module)}, which is neither Linear nor a known activation"
         )
     activation, settings = ACTIVATION_MODULES[type(module)]
     for setting, value in settings.items():
         got = getattr(module, setting)
         if got != value:
-            raise _NotRecognised(
-                f"{_called(name)} is {_a(module)} with {setting}={got!r}, expected {value!r}"
+            raise NotRecognised(
+                f"{_called(name)} is {a_named(module)} with {setting}={got!r}, expected {value!r}"
             )
     return activation
 
@@ -180,7 +211,7 @@ def _one_activation(found: list[tuple[str, str]]) -> str:
     """The activation that (where, which) pairs agree on."""
     for name, activation in found[1:]:
         if activation != found[0][1]:
-            raise _NotRecognised(
+            raise NotRecognised(
                 f"{_called(name)} has the activation {activation}, and {_called(found[0][0])} "
                 f"{found[0][1]}: the fused engine has one for all layers"
             )
@@ -193,11 +224,11 @@ def _read_sequence(name: str, module: nn.Module) -> tuple[list[nn.Module], str]:
     activations: list[tuple[str, str]] = []
     last = None
     for where, part in _leaves(name, module):
-        if _is_linear(part):
+        if is_linear(part):
             if linears and len(activations) < len(linears):
                 activations.append((where, "identity"))
             if linears and part.weight.shape[1] != linears[-1].weight.shape[0]:
-                raise _NotRecognised(
+                raise NotRecognised(
                     f"{_called(where)} has {part.weight.shape[1]} inputs, expected the "
                     f"{linears[-1].weight.shape[0]} outputs of the one before"
                 )
@@ -206,13 +237,13 @@ def _read_sequence(name: str, module: nn.Module) -> tuple[list[nn.Module], str]:
         else:
             activation = _activation_of(where, part)
             if len(activations) == len(linears):
-                raise _NotRecognised(f"{_called(where)} is {_a(part)}, expected a Linear there")
+                raise NotRecognised(f"{_called(where)} is {a_named(part)}, expected a Linear there")
             activations.append((where, activation))
-            last = f"{_called(where)} is {_a(part)} after the last Linear"
+            last = f"{_called(where)} is {a_named(part)} after the last Linear"
     if not linears:
-        raise _NotRecognised(f"{_called(name)} has no Linear layers")
+        raise NotRecognised(f"{_called(name)} has no Linear layers")
     if last is not None:
-        raise _NotRecognised(last)
+        raise NotRecognised(last)
     return linears, _one_activation(activations)
 
 
@@ -232,7 +263,7 @@ def _of_sequence(name: str, module: nn.Module, time: str | None, frequencies: in
         times = {features: ("none",), features + 1: ("first", "last")}.get(inputs, ())
     if not times:
         wanted = {None: "as many inputs or one more for t", "none": "as many inputs"}
-        raise _NotRecognised(
+        raise NotRecognised(
             f"{_called(name)} has {inputs} inputs and {features} outputs, expected "
             + ("more inputs" if frequencies else wanted.get(time, "one more input for t"))
         )
@@ -257,21 +288,19 @@ def _read_odenet_layer(
     if (
         not {"_layer"} <= set(parts) <= {"_layer", "_hyper_gate", "_hyper", "_hyper_bias"}
         or {"_hyper_gate", "_hyper"} <= set(parts)
-        or not all(_is_linear(part) for part in parts.values())
+        or not all(is_linear(part) for part in parts.values())
     ):
-        raise _NotRecognised(
-            f"{_called(where)} is {_a(module)}, none of FFJORD's layers ignore, concat, concat_v2, "
-            "squash and concatsquash"
+        raise NotRecognised(
+            f"{_called(where)} is {a_named(module)}, none of FFJORD's layers ignore, concat, "
+            "concat_v2, squash and concatsquash"
         )
     linear, gate = parts["_layer"], parts.get("_hyper_gate", parts.get("_hyper"))
     shift, out = parts.get("_hyper_bias"), parts["_layer"].weight.shape[0]
     for of_time in (gate, shift):
         if of_time is not None and tuple(of_time.weight.shape) != (out, 1):
-            raise _NotRecognised(
-                f"{_called(where)} has a gate or shift that is no Linear(1, {out})"
-            )
-    if shift is not None and shift.bias is not None:
-        raise _NotRecognised(f"{_called(where)} has a shift with a bias")
+            raise NotRecognised(f"{_called(where)} has a gate or shift that is no Linear(1, {out})")
+    if shift is not None and getattr(shift, "bias", None) is not None:
+        raise NotRecognised(f"{_called(where)} has a shift with a bias")
     return linear, gate, shift
 
 
@@ -287,7 +316,7 @@ def _of_odenet(name: str, module: nn.Module) -> MLP:
         for child, part in module.activation_fns._modules.items()
     ]
     if not read or len(activations) != len(read) - 1:
-        raise _NotRecognised(
+        raise NotRecognised(
             f"{_called(name)} has {len(activations)} activations for {len(read)} layers"
         )
     width = read[-1][1][0].weight.shape[0]
@@ -296,12 +325,10 @@ def _of_odenet(name: str, module: nn.Module) -> MLP:
         out, inputs = linear.weight.shape
         time = "first" if inputs == width + 1 and gate is None and shift is None else "none"
         if inputs != width + (time == "first"):
-            raise _NotRecognised(f"{_called(where)} has {inputs} inputs, expected {width}")
+            raise NotRecognised(f"{_called(where)} has {inputs} inputs, expected {width}")
         layers.append(Linked(linear, gate, shift, time))
         width = out
     activation = _one_activation(
         [(where, _activation_of(where, part)) for where, part in activations]
     )
     return MLP.of_layers(layers, activation)
-
-
