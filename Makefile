@@ -1,6 +1,6 @@
 # make train    set everything up and train a flow on the default source; ends with a picture
 # make test     set everything up and run the tests
-# make bench    set everything up and measure against torchdiffeq
+# make bench    set everything up and measure against torchdiffeq, diffrax and zuko; BENCH_ARGS="training --rounds 3"
 # make lint     ruff and clang-format; make format applies them
 #
 # Everything lives in .venv. TORCH=2.11.0 picks another torch, PYTHON=python3.12 another interpreter, SOURCE=digits other data.
@@ -9,6 +9,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 SOURCE ?= 8gaussians
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,6 +20,7 @@ TORCH_STAMP := $(VENV)/.torch-$(TORCH)
 BUILD_STAMP := $(VENV)/.built-$(TORCH)
 TRAIN_STAMP := $(VENV)/.train-tools
 TEST_STAMP := $(VENV)/.test-tools
+BENCH_STAMP := $(VENV)/.bench-tools
 LINT_STAMP := $(VENV)/.lint-tools
 
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
@@ -32,8 +34,8 @@ train: build $(TRAIN_STAMP)
 test: build $(TRAIN_STAMP) $(TEST_STAMP)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
-bench: build $(TEST_STAMP)
-	$(BIN)/python -m bench
+bench: build $(BENCH_STAMP)
+	$(BIN)/python -m bench $(BENCH_ARGS)
 
 lint: $(LINT_STAMP)
 	$(BIN)/ruff check .
@@ -67,6 +69,13 @@ $(TRAIN_STAMP): $(TORCH_STAMP)
 
 $(TEST_STAMP): $(TORCH_STAMP)
 	$(PINNED) pytest hypothesis scipy torchdiffeq==0.2.5
+	touch $@
+
+# jax needs Python 3.11; without diffrax the benchmarks say so and go on.
+DIFFRAX := $(foreach peer,diffrax==0.7.2 jax==0.10.2 jaxlib==0.10.2 equinox==0.13.8,"$(peer); python_version >= '3.11'")
+
+$(BENCH_STAMP): $(TORCH_STAMP)
+	$(PINNED) torchdiffeq==0.2.5 zuko==1.6.0 $(DIFFRAX)
 	touch $@
 
 $(LINT_STAMP): | $(VENV)/bin/python

@@ -1,19 +1,23 @@
-"""`python -m bench [overhead] [ffjord] [--out FOLDER]`: all benchmarks, or those named."""
+"""`python -m bench [names] [--only TEXT] [--rounds N] [--out FOLDER]`: all benchmarks, or those
+named.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 
-from bench import ffjord, overhead
-from bench.harness import report
+from bench.harness import Options, report
 
-_BENCHMARKS = {"overhead": overhead.run, "ffjord": ffjord.run}
+_BENCHMARKS = ("overhead", "training", "likelihood", "memory")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"any of {', '.join(_BENCHMARKS)}; default: all")
+    parser.add_argument("--only", default="", help="only cases that have this text in their name")
+    parser.add_argument("--rounds", type=int, help="rounds of every case, for a quick look")
     parser.add_argument("--out", type=Path, help="folder for one JSON file a benchmark")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(_BENCHMARKS)
@@ -21,8 +25,12 @@ def main() -> None:
         parser.error(
             f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(_BENCHMARKS)}"
         )
+    if arguments.rounds is not None and arguments.rounds < 1:
+        parser.error(f"--rounds: got {arguments.rounds}, expected at least 1")
+    options = Options(arguments.only, arguments.rounds)
     for name in arguments.names or _BENCHMARKS:
-        report(name, _BENCHMARKS[name](), arguments.out)
+        benchmark = importlib.import_module(f"bench.{name}")
+        report(name, benchmark.run(options), arguments.out)
 
 
 if __name__ == "__main__":

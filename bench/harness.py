@@ -7,19 +7,36 @@ the median of the ratios round by round.
 
 from __future__ import annotations
 
+import gc
+import importlib.metadata
+import importlib.util
 import json
 import platform
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch.utils.benchmark import Timer
 
 import pycnf
 
 OURS = "pycnf"
+PEERS = ("torchdiffeq", "diffrax", "jax", "zuko")
+# A call this long, in seconds, is not repeated unmeasured before each of its measurements.
+_LONG = 1.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks of every benchmark: which cases, and how many rounds of each."""
+
+    only: str = ""
+    rounds: int | None = None
+
+    def has(self, case: str) -> bool:
+        return self.only.lower() in case.lower()
 
 
 @dataclass
@@ -39,44 +56,86 @@ class Row:
     ratio: float
     facts: dict[str, float | int | str] = field(default_factory=dict)
 
+    def cells(self) -> dict[str, str]:
+        """The columns of the table."""
+        return {
+            "case": self.case,
+            "solver": self.contender,
+            "median": time_text(self.seconds),
+            "fastest – slowest": f"{time_text(self.low)} – {time_text(self.high)}",
+            "× pycnf's time": f"{self.ratio:.2f}",
+            "beside it": ", ".join(f"{key} {value}" for key, value in self.facts.items()),
+        }
 
-def measure(
-    case: str,
-    contenders: dict[str, Callable[[], None]],
-    units: dict[str, float],
-    facts: dict[str, dict],
-    rounds: int = 9,
-    seconds: float = 0.25,
-) -> list[Row]:
-    """Time every contender; `units` says how many units of work one call does, OURS must be among
-    them.
 
-    A round calls each contender often enough to fill about `seconds`; one unmeasured call each goes
-    first.
+def interleave(
+    contenders: dict[str, Callable[[], object]], rounds: int, seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds that a call of each contender takes, round by round.
+
+    A round calls each contender often enough to fill about `seconds`, at least once. One unmeasured
+    call each goes first, and another before each measurement of a short one: the caches are then
+    its own, and the threads of the contender before have gone to sleep.
     """
-    timers = {
-        name: Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-        for name, run in contenders.items()
-    }
-    calls = {}
-    for name, timer in timers.items():
-        timer.timeit(1)
-        calls[name] = max(1, int(seconds / max(timer.timeit(1).mean, 1e-9)))
-    times: dict[str, list[float]] = {name: [] for name in timers}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    lengths = {}
+    for name, run in contenders.items():
+        run()
+        lengths[name] = max(_time(run, 1), 1e-9)
     for _ in range(rounds):
-        for name, timer in timers.items():
-            times[name].append(timer.timeit(calls[name]).mean / units[name])
-    rows = []
-    for name, values in times.items():
-        ratio = statistics.median(t / ours for t, ours in zip(values, times[OURS]))
-        rows.append(
-            Row(case, name, statistics.median(values), min(values), max(values), ratio, facts[name])
+        for name, run in contenders.items():
+            if lengths[name] < _LONG:
+                run()
+            times[name].append(_time(run, max(1, int(seconds / lengths[name]))))
+    return times
+
+
+def _time(run: Callable[[], object], calls: int) -> float:
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / calls
+    finally:
+        gc.enable()
+
+
+def rows_of(
+    case: str,
+    times: dict[str, list[float]],
+    facts: dict[str, dict],
+    units: dict[str, float] | None = None,
+) -> list[Row]:
+    """Rows of what `interleave` measured; `units` says how many units of work a call does, one
+    without. OURS must be among the contenders.
+    """
+    units = units or dict.fromkeys(times, 1.0)
+    each = {name: [t / units[name] for t in values] for name, values in times.items()}
+    return [
+        Row(
+            case,
+            name,
+            statistics.median(values),
+            min(values),
+            max(values),
+            statistics.median(t / ours for t, ours in zip(values, each[OURS])),
+            facts[name],
         )
-    return rows
+        for name, values in each.items()
+    ]
+
+
+def missing(package: str, what: str) -> str | None:
+    """A sentence saying that an optional peer is not there, and what is left out; None if it is."""
+    if importlib.util.find_spec(package) is not None:
+        return None
+    return f"{package} is not installed, so {what} is left out; `make bench` installs it."
 
 
 def machine() -> dict[str, str | int]:
-    """What the numbers were measured on."""
+    """What the numbers were measured on, and the versions that were measured."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -87,9 +146,14 @@ def machine() -> dict[str, str | int]:
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "instruction_set": info["instruction_set"],
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "pycnf": info["version"],
-        "python": platform.python_version(),
+        **{
+            name: importlib.metadata.version(name)
+            for name in PEERS
+            if importlib.util.find_spec(name) is not None
+        },
     }
 
 
@@ -101,27 +165,37 @@ def time_text(seconds: float) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| case | solver | median | fastest – slowest | × pycnf's time | beside it |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        facts = ", ".join(f"{key} {value}" for key, value in row.facts.items())
-        spread = f"{time_text(row.low)} – {time_text(row.high)}"
-        lines.append(
-            f"| {row.case} | {row.contender} | {time_text(row.seconds)} | {spread} | "
-            f"{row.ratio:.2f} | {facts} |"
-        )
-    return "\n".join(lines)
+def table(rows: Iterable) -> Iterator[str]:
+    """The lines of a Markdown table of what the rows' `cells` say."""
+    for i, row in enumerate(rows):
+        cells = row.cells()
+        if i == 0:
+            yield f"| {' | '.join(cells)} |"
+            yield "|---" * len(cells) + "|"
+        yield f"| {' | '.join(cells.values())} |"
 
 
-def report(title: str, rows: list[Row], folder: Path | None) -> None:
-    """Prints the table; with a folder also writes title.json there."""
-    where = machine()
-    print(f"\n## {title}\n\n{', '.join(f'{k} {v}' for k, v in where.items())}\n\n{table(rows)}")
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"title": title, "machine": where, "rows": [asdict(row) for row in rows]}
-        (folder / f"{title}.json").write_text(json.dumps(content, indent=1) + "\n")
+def report(title: str, found: Iterable, folder: Path | None) -> None:
+    """Prints rows as they are measured, and after them what is no row but a remark.
+
+    With a folder also writes title.json there, again after each row, so that what was measured
+    outlives a case that fails.
+    """
+    content = {"title": title, "machine": machine(), "rows": [], "remarks": []}
+    print(f"\n## {title}\n\n{', '.join(f'{k} {v}' for k, v in content['machine'].items())}\n")
+
+    def rows() -> Iterator:
+        for item in found:
+            if isinstance(item, str):
+                content["remarks"].append(item)
+            else:
+                content["rows"].append(asdict(item))
+                yield item
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{title}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    for line in table(rows()):
+        print(line, flush=True)
+    for remark in content["remarks"]:
+        print(f"\n{remark}", flush=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-import torchdiffeq
 
 import pycnf
-from bench.harness import OURS, Row, measure
+from bench.harness import OURS, Options, Row, interleave, missing, rows_of
 
 
 class _Decay:
@@ -22,9 +23,20 @@ class _Decay:
 
 # (method, evaluations before the first step, evaluations per attempt)
 _METHODS = {"dopri5": (2, 6), "rk4": (0, 4)}
+_CASES = (
+    ("dopri5", (64, 2), 100.0),
+    ("dopri5", (512, 64), 100.0),
+    ("dopri5", (4096, 64), 10.0),
+    ("rk4", (64, 2), 10.0),
+)
 
 
-def _case(method: str, shape: tuple[int, int], end: float) -> list[Row]:
+@torch.no_grad()
+def _rows(
+    case: str, method: str, shape: tuple[int, int], end: float, rounds: int | None
+) -> list[Row]:
+    import torchdiffeq
+
     y0 = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0.0, end])
     options = {"step_size": end / 100} if method == "rk4" else None
@@ -44,15 +56,16 @@ def _case(method: str, shape: tuple[int, int], end: float) -> list[Row]:
     for name in solvers:
         facts[name]["largest difference"] = f"{difference:.1e}"
     runs = {name: lambda name=name: solve(name, _Decay()) for name in solvers}
-    return measure(f"{method} {shape[0]}×{shape[1]} f32", runs, units, facts)
+    return rows_of(case, interleave(runs, rounds or 9, seconds=0.25), facts, units)
 
 
-def run() -> list[Row]:
+def run(options: Options) -> Iterator[Row | str]:
     """Rows for dopri5 at three sizes and rk4 at the smallest."""
-    with torch.no_grad():
-        return [
-            *_case("dopri5", (64, 2), 100.0),
-            *_case("dopri5", (512, 64), 100.0),
-            *_case("dopri5", (4096, 64), 10.0),
-            *_case("rk4", (64, 2), 10.0),
-        ]
+    remark = missing("torchdiffeq", "the only peer of this benchmark")
+    if remark is not None:
+        yield remark
+        return
+    for method, shape, end in _CASES:
+        case = f"{method} {shape[0]}×{shape[1]} f32"
+        if options.has(case):
+            yield from _rows(case, method, shape, end, options.rounds)

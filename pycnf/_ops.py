@@ -54,8 +54,12 @@ def has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def kernels(y: Tensor) -> Any:
-    """The ops for states like y: compiled ones, or `pycnf.reference` with the same names."""
-    return _compiled if has_kernels(y.dtype, y.device) else reference
+    """The ops for states like y: compiled ones, or `pycnf.reference` with the same names.
+
+    The latter also under torch.func's transforms, which know plain operations only.
+    """
+    served = has_kernels(y.dtype, y.device) and not torch._C._are_functorch_transforms_active()
+    return _compiled if served else reference
 
 
 def probe_keys(x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pycnf._ops import probe_keys, probe_sample
 from pycnf.nn.divergence import VectorField
-from pycnf.nn.fusion import why_not_fused
+from pycnf.nn.fusion import fingerprint, recognise, why_not_fused
+from pycnf.nn.mlp import MLP
 from pycnf.odeint.tableau import TABLEAUX, Tableau
 
 from .control import AdaptiveControl, FixedControl
@@ -64,7 +65,8 @@ class CNF(nn.Module):
         max_num_steps: Largest number of attempted steps of an adaptive method.
         gradient: "discrete", "continuous", "seminorm" or "autograd".
         steps: "shared" by the batch or "per-sample"; then "continuous" means "seminorm".
-        engine: "fused" runs an `MLP` on the CPU in f32 and f64, a whole solve in one call into
+        engine: "fused" runs an `MLP`, or a module that computes the same (see `pycnf.nn.fuse`; its
+            forward is not called then), on the CPU in f32 and f64, a whole solve in one call into
             compiled code; "generic" runs any field; "auto" takes the fused one where it can.
             `explain()` says which it is and why.
         base: Distribution with `log_prob` [B, D] -> [B] and `sample`; None for N(0, I).
@@ -131,6 +133,7 @@ class CNF(nn.Module):
         self.engine = engine
         self.regularizers = dict(regularizers or {})
         self.keep_bytes = 1 << 28
+        self._recognised: tuple[tuple[int, ...], MLP | str] | None = None
         self._check()
         if base is None:
             base = StandardNormal(_features_of(field))
@@ -286,7 +289,7 @@ class CNF(nn.Module):
         if self.engine != "generic" and why is None:
             return (
                 "The fused engine (a whole solve in one call into compiled code): the field is an "
-                f"MLP that it knows, on the CPU in {_tensor_of(self.field).dtype}."
+                f"MLP that it knows, on the CPU in {self._network().dtype}."
             )
         if self.engine == "generic":
             why = "engine='generic' was asked for"
@@ -300,7 +303,7 @@ class CNF(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The newest solve's statistics may hold its graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "stats": None}
+        return {**self.__dict__, "stats": None, "_recognised": None}
 
     # ---- arguments -------------------------------------------------------------------------------
 
@@ -353,25 +356,46 @@ class CNF(nn.Module):
                 raise ValueError(f"engine: got 'fused', but {why}")
         self._control()
 
+    def _network(self) -> MLP | str:
+        """The field as an `MLP`, or why it is none."""
+        if isinstance(self.field, MLP):
+            return self.field
+        mark = fingerprint(self.field)
+        if self._recognised is None or self._recognised[0] != mark:
+            self._recognised = mark, recognise(self.field)
+        return self._recognised[1]
+
     def _why_not_fused(self) -> str | None:
         """One sentence saying what keeps the fused engine from running this flow, or None."""
-        why = why_not_fused(self.field)
+        network = self._network()
+        if isinstance(network, str):
+            if network.startswith("the field"):
+                return network
+            return f"the field is a {type(self.field).__name__} and no network it knows ({network})"
+        why = why_not_fused(network)
         if why is not None:
             return why
         if self.gradient == "autograd":
             return "gradient='autograd' goes through the operations of the generic engine"
-        if self.gradient == "continuous" and self.field.context and self.steps == "shared":
+        if self.gradient == "continuous" and network.context and self.steps == "shared":
             return (
                 "gradient='continuous' has the gradient of the context in its error norm, which "
                 "the fused engine does not compute while it solves; 'seminorm' has not"
             )
-        like = _tensor_of(self.field)
+        like = network.layers[0].parts().weight
         if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
             return (
                 "it runs float32 and float64 on the CPU, and the field is "
                 f"{like.dtype} on {like.device}"
             )
         return None
+
+    def _runs_fused(self, context: Tensor | None) -> bool:
+        if self.engine == "generic" or self._why_not_fused() is not None:
+            return False
+        # A module may do with a context what a network without one does not know.
+        network = self._network()
+        return network is self.field or bool(network.context) == (context is not None)
 
     def _control(self) -> AdaptiveControl | FixedControl:
         tableau = TABLEAUX[self.method]
@@ -486,7 +510,14 @@ class CNF(nn.Module):
             stats=stats,
         )
 
-    def _solve(
+    def _solve(self, problem: Problem, *arguments: Any) -> tuple[Tensor, ...]:
+        # A solve chooses its steps by its values, so a compiler has nothing to trace. The decorator
+        # would import the compiler with every `import pycnf`.
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self._solve_now)(problem, *arguments)
+        return self._solve_now(problem, *arguments)
+
+    def _solve_now(
         self,
         problem: Problem,
         x: Tensor,
@@ -503,8 +534,8 @@ class CNF(nn.Module):
             if problem.per_sample and not self._times_checked and x.shape[0]:
                 check_time_per_sample(problem, x, context)
                 self._times_checked = True
-            if self.engine != "generic" and self._why_not_fused() is None:
-                return solve_fused(problem, x, context, start, end)
+            if self._runs_fused(context):
+                return solve_fused(problem.on(self._network()), x, context, start, end)
             if not torch.is_inference_mode_enabled():
                 return solve(problem, x, context, start, end)
             # A divergence by vector-Jacobian products needs a graph, which inference mode refuses.

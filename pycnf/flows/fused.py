@@ -71,7 +71,7 @@ def solve_fused(
     inputs = (x, offset, start, end, *tensors)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     function = _Discrete if problem.gradient == "discrete" else _Adjoint
-    z, *extras = function.apply(problem, needed, *inputs)
+    z, *extras = function.apply(problem, _Tape() if needed else None, *inputs)
     # Compiled code has the regularizers in an order of its own.
     made = dict(zip(_rows(problem), extras[1:]))
     return z, *extras[:1], *(made[name] for name in problem.regularizers if problem.divergence)
@@ -122,6 +122,12 @@ def _parts(tensors: Sequence[Tensor | None]) -> list[Parts]:
     return [Parts(*tensors[i : i + size]) for i in range(0, len(tensors), size)]
 
 
+class _Tape:
+    """What a solve leaves for its gradient: the ops' tape, once there is one."""
+
+    parts: list[Any]
+
+
 class _Discrete(torch.autograd.Function):
     """The solve and the exact gradient of the numbers that were computed.
 
@@ -131,14 +137,19 @@ class _Discrete(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, needed: bool, x, offset, start, end, *tensors):
+    def forward(problem: Problem, tape: _Tape | None, x, offset, start, end, *tensors):
         # Kept stages know nothing of the rates that a gradient by the interval's ends needs.
         budget = problem.keep_bytes if start is None and end is None else 0
-        z, extras, ctx.tape = _run(problem, budget if needed else -1, x, offset, tensors)
-        ctx.problem = problem
-        ctx.save_for_backward(x, offset, start, end, *tensors)
-        ctx.set_materialize_grads(False)
+        z, extras, made = _run(problem, budget if tape is not None else -1, x, offset, tensors)
+        if tape is not None:
+            tape.parts = made
         return z, *(extra.clone() for extra in extras)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.problem, ctx.tape, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):
@@ -150,17 +161,17 @@ class _Discrete(torch.autograd.Function):
         needs_ends = ctx.needs_input_grad[4:6]
         arguments = (
             zbar, torch.stack(extrabars) if extrabars else None, problem.probe, offset, tensors,
-            *_settings(problem), *ctx.tape, any(needs_ends),
+            *_settings(problem), *ctx.tape.parts, any(needs_ends),
         )  # fmt: skip
         if problem.per_sample:
             x_bar, offset_bar, bars, ends_bar = mlp_samples_backward(*arguments)
             again = problem.stats.accepted
         else:
             x_bar, offset_bar, bars, times_bar = mlp_solve_backward(*arguments)
-            times, states, kept = ctx.tape
+            times, _, kept = ctx.tape.parts
             again = sum(block.numel() == 0 for block in kept[1:])
             # The memory goes; another backward computes the stages again.
-            ctx.tape = times, states, [block.new_empty(0) for block in kept]
+            ctx.tape.parts[2] = [block.new_empty(0) for block in kept]
             if any(needs_ends):
                 moves = [(step.t_slope, step.h_slope) for step in _steps(problem, times)]
                 ends_bar = (times_bar.unsqueeze(-1) * times_bar.new_tensor(moves)).sum((0, 1))
@@ -180,12 +191,15 @@ class _Adjoint(torch.autograd.Function):
     """The solve, and its gradient by the adjoint differential equation; see `flows.adjoint`."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, needed: bool, x, offset, start, end, *tensors):
+    def forward(problem: Problem, tape: _Tape | None, x, offset, start, end, *tensors):
         z, extras, _ = _run(problem, -1, x, offset, tensors)
-        ctx.problem = problem
-        ctx.save_for_backward(x, z, offset, start, end, *tensors)
-        ctx.set_materialize_grads(False)
         return z, *(extra.clone() for extra in extras)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.problem, _, x, *others = inputs
+        ctx.save_for_backward(x, output[0], *others)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):
@@ -284,9 +298,9 @@ def _differentiable(ctx: Any, cotangents: Sequence[Tensor | None]) -> list[Tenso
     x, offset, start, end, *tensors = ctx.saved_tensors
     problem = ctx.problem
     if problem.per_sample:
-        tape = _rows_of_steps(*ctx.tape)
+        tape = _rows_of_steps(*ctx.tape.parts)
     else:
-        tape = [Taped(step, x) for step in _steps(problem, ctx.tape[0])]
+        tape = [Taped(step, x) for step in _steps(problem, ctx.tape.parts[0])]
     zbar, *extrabars = cotangents
     made = dict(zip(_rows(problem), extrabars[1:]))
     extrabars = [*extrabars[:1], *(made[name] for name in problem.regularizers if made)]

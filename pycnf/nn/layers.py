@@ -145,7 +145,9 @@ class TimeLayer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        # In replicas (nn.DataParallel) the parameters are plain tensors.
+        parts = self.parts()
+        return next(self.parameters()).dtype if parts is None else parts.weight.dtype
 
     def parts(self) -> Parts | None:
         """The layer's tensors as they are now; None where its weights depend on time."""

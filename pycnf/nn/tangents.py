@@ -87,6 +87,8 @@ def value_and_divergence_by_hand(
 
     Only for networks with at least one hidden layer and with neither gates nor weights per sample.
     """
+    if torch._C._are_functorch_transforms_active():  # which transform plain operations only
+        return value_and_tangents(affines, activation, z, probe)
     weights = [affine.weight for affine in affines]
     shifts = [affine.shift for affine in affines]
     if torch.is_grad_enabled():

@@ -1,0 +1,193 @@
+"""What PyTorch does around a flow on the fused engine: copies, modes, compilers, replicas."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from pycnf.flows import CNF
+from pycnf.nn import MLP
+
+
+def make(dtype=torch.float64, **settings):
+    torch.manual_seed(0)
+    flow = CNF(MLP(2, (8, 8)).to(dtype), **settings)
+    assert flow.explain().startswith("The fused engine")
+    return flow
+
+
+X = torch.randn(9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(flow, x=X):
+    flow.zero_grad()
+    flow.log_prob(x, seed=1).sum().backward()
+    return [p.grad.clone() for p in flow.parameters()]
+
+
+def assert_all_equal(mine, theirs):
+    assert len(mine) == len(theirs) > 0
+    for a, b in zip(mine, theirs):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))])
+@pytest.mark.parametrize("used", [False, True])
+def test_copies(copied, used):
+    flow = make()
+    if used:
+        gradients(flow)
+    other = copied(flow)
+    assert_all_equal(gradients(other), gradients(flow))
+    with torch.no_grad():
+        other.field.layers[0].weight.add_(1)
+    assert not torch.equal(other.log_prob(X, seed=1), flow.log_prob(X, seed=1))
+
+
+def test_state_dict():
+    flow, other = make(), CNF(MLP(2, (8, 8)).double())
+    other.load_state_dict(flow.state_dict())
+    assert torch.equal(other.log_prob(X, seed=1), flow.log_prob(X, seed=1))
+    assert all(key.startswith("field.layers.") for key in flow.state_dict() if "base" not in key)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_modes_without_a_gradient(mode):
+    flow = make()
+    expected = flow.log_prob(X, seed=1).detach()
+    with mode():
+        result = flow.log_prob(X, seed=1)
+        inside = flow.log_prob(X.clone(), seed=1)
+    assert torch.equal(result, expected)
+    assert torch.equal(inside, expected)
+    assert not result.requires_grad
+    assert flow.stats.engine == "fused"
+
+
+def test_no_tape_is_made_where_no_gradient_is_wanted():
+    flow = make()
+    with torch.no_grad():
+        z, _ = flow(X, seed=1)
+    assert z.grad_fn is None
+    flow.requires_grad_(False)
+    assert flow(X, seed=1)[0].grad_fn is None
+
+
+def test_autocast_does_not_reach_into_a_solve():
+    flow = make(torch.float32)
+    x = X.float()
+    expected = gradients(flow, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        flow.zero_grad()
+        loss = flow.log_prob(x, seed=1).sum()
+        assert loss.dtype == torch.float32
+        loss.backward()
+    assert_all_equal([p.grad for p in flow.parameters()], expected)
+
+
+def test_compile():
+    flow = make()
+    expected = flow.log_prob(X, seed=1)
+    compiled = torch.compile(
+        lambda x: 2 * flow.log_prob(x, seed=1).sin().sum(), backend="aot_eager"
+    )
+    result = compiled(X)
+    torch.testing.assert_close(result, 2 * expected.sin().sum(), rtol=1e-12, atol=0)
+    (2 * flow.log_prob(X, seed=1).sin().sum()).backward()
+    expected = [p.grad.clone() for p in flow.parameters()]
+    flow.zero_grad()
+    result.backward()
+    for mine, other in zip([p.grad for p in flow.parameters()], expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", ["shared", "per-sample"])
+def test_functional_call_and_func_grad(steps):
+    flow = make(steps=steps)
+    parameters = {name: p.detach() * 1 for name, p in flow.named_parameters()}
+
+    def loss(parameters):
+        return functional_call(flow, parameters, (X,), {"seed": 1})[1].sum()
+
+    found = torch.func.grad(loss)(parameters)
+    _, logdet = flow(X, seed=1)
+    flow.zero_grad()
+    logdet.sum().backward()
+    for mine, p in zip(found.values(), flow.parameters(), strict=True):
+        torch.testing.assert_close(mine, p.grad, rtol=1e-11, atol=1e-11)
+
+
+def test_distributed_data_parallel():
+    import torch.distributed as dist
+
+    flow = make()
+    expected = gradients(flow)
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flow = flow
+
+        def forward(self, x):
+            return self.flow.log_prob(x, seed=1).sum()
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        flow.zero_grad()
+        nn.parallel.DistributedDataParallel(Loss())(X).backward()
+    finally:
+        dist.destroy_process_group()
+    assert_all_equal([p.grad for p in flow.parameters()], expected)
+
+
+def test_replicas_whose_parameters_are_plain_tensors():
+    flow = make()
+    expected = gradients(flow)
+    # As nn.DataParallel makes them: the same modules without parameters, with tensors instead.
+    replica = flow._replicate_for_data_parallel()
+    replica.field = flow.field._replicate_for_data_parallel()
+    replica.field.layers = flow.field.layers._replicate_for_data_parallel()
+    for i, layer in enumerate(flow.field.layers):
+        twin = layer._replicate_for_data_parallel()
+        for name, parameter in layer.named_parameters():
+            setattr(twin, name, parameter * 1)
+        replica.field.layers._modules[str(i)] = twin
+    flow.zero_grad()
+    replica.log_prob(X, seed=1).sum().backward()
+    assert replica.stats.engine == "fused"
+    assert_all_equal([p.grad for p in flow.parameters()], expected)
+
+
+def test_an_optimizer_s_step_on_a_module_is_seen():
+    torch.manual_seed(0)
+
+    class Field(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 8), nn.SELU(), nn.Linear(8, 2))
+
+        def forward(self, t, z):
+            return self.net(torch.cat((z, t.expand(z.shape[0], 1)), 1))
+
+    field = Field().double()
+    flow = CNF(field)
+    assert flow.explain().startswith("The fused engine")
+    assert list(flow.state_dict()) == [f"field.{name}" for name in field.state_dict()]
+    optimizer = torch.optim.Adam(flow.parameters(), 0.1)
+    before = flow.log_prob(X, seed=1)
+    (-before.sum()).backward()
+    optimizer.step()
+    after = flow.log_prob(X, seed=1)
+    assert flow.stats.engine == "fused"
+    torch.testing.assert_close(
+        after, CNF(field, engine="generic").log_prob(X, seed=1), rtol=1e-9, atol=1e-9
+    )
+    assert after.sum() > before.sum()
+    assert torch.equal(copy.deepcopy(flow).log_prob(X, seed=1), after)
+    handle = field.net[0].register_forward_hook(lambda *_: None)
+    assert "hook" in flow.explain()
+    handle.remove()
+    assert flow.explain().startswith("The fused engine")
