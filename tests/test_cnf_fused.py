@@ -286,6 +286,20 @@ def test_gradients_of_all_kinds(gradient, steps, method):
     assert_same(flows, points(37), seed=3, rtol=1e-9)
 
 
+@pytest.mark.parametrize("gradient", ["discrete", "continuous", "seminorm"])
+@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("layer", ["concat", "squash"])
+def test_fixed_methods_with_exact_divergence(gradient, method, layer):
+    flows = pair(
+        field_of(layer=layer),
+        divergence="exact",
+        method=method,
+        gradient=gradient,
+        options={"num_steps": 3},
+    )
+    assert_same(flows, points(7))
+
+
 @pytest.mark.parametrize("kind", [{"divergence": "exact"}, {"probes": 2}])
 @pytest.mark.parametrize("hidden", [(), (9,), (16, 16), (7, 16, 5)])
 @pytest.mark.parametrize("layer", ["concat", "concatsquash"])

@@ -87,12 +87,26 @@ PYCNF_HD Matrix<T> transposed(const Matrix<T>& matrix) {
   return {matrix.data, matrix.column, matrix.row};
 }
 
+// Asks for `count` vectors that will be read soon: what is kept of many stages comes from beyond the
+// second cache.
+template <typename T>
+PYCNF_HD void prefetch(const Vec<T>* x, int64_t count) {
+  constexpr int kStep = 64 / PYCNF_VECTOR_BYTES;
+  for (int64_t i = 0; i < count; i += kStep) __builtin_prefetch(x + i, 0, 2);
+}
+
 // ---- value and divergence -----------------------------------------------------------------------
 
-// From a layer's products to its outputs x [out, columns]; and φ' [out, vectors] if `slopes`.
+// A tile of the shape that most have, one vector and one tangent, with its loops unrolled.
+PYCNF_HD TileShape one_by_one() { return {1, 1}; }
+
+PYCNF_HD bool is_one_by_one(const TileShape& shape) {
+  return shape.vectors == 1 && shape.tangents == 1;
+}
+
 template <Activation kind, bool kOwn, typename T>
-void activate_layer(const TimedLayer<T>& at, int64_t out, const TileShape& shape,
-                    const ProductRows<T>& rows, Vec<T>* x, Vec<T>* slopes) {
+PYCNF_HD void activate_rows(const TimedLayer<T>& at, int64_t out, const TileShape& shape,
+                            const ProductRows<T>& rows, Vec<T>* x, Vec<T>* slopes) {
   const int64_t vectors = shape.vectors, tangents = shape.tangents, columns = shape.columns();
   for (int64_t o = 0; o < out; ++o) {
     const Vec<T>* p = rows.value + o * rows.value_stride;
@@ -108,6 +122,17 @@ void activate_layer(const TimedLayer<T>& at, int64_t out, const TileShape& shape
         x[o * columns + (1 + k) * vectors + v] = scale * q[k * vectors + v];
       }
     }
+  }
+}
+
+// From a layer's products to its outputs x [out, columns]; and φ' [out, vectors] if `slopes`.
+template <Activation kind, bool kOwn, typename T>
+void activate_layer(const TimedLayer<T>& at, int64_t out, const TileShape& shape,
+                    const ProductRows<T>& rows, Vec<T>* x, Vec<T>* slopes) {
+  if (is_one_by_one(shape)) {
+    activate_rows<kind, kOwn>(at, out, one_by_one(), rows, x, slopes);
+  } else {
+    activate_rows<kind, kOwn>(at, out, shape, rows, x, slopes);
   }
 }
 
@@ -317,14 +342,11 @@ void add_own_time_gradients(const MlpLayer<T>& layer, const TimedLayer<T>& at, c
   }
 }
 
-// Cotangents of a layer's outputs [out, columns], through activation and gate: u [out, vectors]
-// scaled by s for values; those of tangents scaled likewise to `tangent_bar`, added to what is
-// there if `add`.
 template <Activation kind, bool kOwn, typename T>
-void reverse_activation(const TimedLayer<T>& at, int64_t out, const TileShape& shape,
-                        const ProductRows<T>& rows, const ReverseScratch<T>& scratch,
-                        const Vec<T>* bar, Vec<T>* value_bar, int64_t value_stride,
-                        Vec<T>* tangent_bar, int64_t tangent_stride, bool add) {
+PYCNF_HD void reverse_rows(const TimedLayer<T>& at, int64_t out, const TileShape& shape,
+                           const ProductRows<T>& rows, const ReverseScratch<T>& scratch,
+                           const Vec<T>* bar, Vec<T>* value_bar, int64_t value_stride,
+                           Vec<T>* tangent_bar, int64_t tangent_stride, bool add) {
   const int64_t vectors = shape.vectors, tangents = shape.tangents, columns = shape.columns();
   for (int64_t o = 0; o < out; ++o) {
     const Vec<T>* p = rows.value + o * rows.value_stride;
@@ -351,6 +373,23 @@ void reverse_activation(const TimedLayer<T>& at, int64_t out, const TileShape& s
       store_sums<kOwn>(scratch, o, v, vectors, u, products + u * p[v]);
       value_bar[o * value_stride + v] = s * u;
     }
+  }
+}
+
+// Cotangents of a layer's outputs [out, columns], through activation and gate: u [out, vectors]
+// scaled by s for values; those of tangents scaled likewise to `tangent_bar`, added to what is
+// there if `add`.
+template <Activation kind, bool kOwn, typename T>
+void reverse_activation(const TimedLayer<T>& at, int64_t out, const TileShape& shape,
+                        const ProductRows<T>& rows, const ReverseScratch<T>& scratch,
+                        const Vec<T>* bar, Vec<T>* value_bar, int64_t value_stride,
+                        Vec<T>* tangent_bar, int64_t tangent_stride, bool add) {
+  if (is_one_by_one(shape) && !add) {
+    reverse_rows<kind, kOwn>(at, out, one_by_one(), rows, scratch, bar, value_bar, value_stride,
+                             tangent_bar, tangent_stride, false);
+  } else {
+    reverse_rows<kind, kOwn>(at, out, shape, rows, scratch, bar, value_bar, value_stride,
+                             tangent_bar, tangent_stride, add);
   }
 }
 
@@ -456,6 +495,9 @@ void reverse(const MlpSolve<T>& solve, ActivateLayer<T> activate_layer,
     const auto rows = rows_of(products, constants, shape, l - 1);
     const Matrix<T> weight = weight_of(layer);
     const int64_t count = closed_form ? vectors : columns;
+    if (l > 1) {
+      prefetch<T>(products.layer[l - 2], field.layer[l - 2].out * (l > 2 ? columns : vectors));
+    }
     activate_layer(at.layer[l - 1], layer.in, shape, rows, scratch.x, scratch.slopes);
     if (totals.layers != nullptr) {
       add_weight_gradient(layer, u, columns, scratch.x, columns, count, scratch.rows,

@@ -20,10 +20,16 @@ struct Matrix {
   int64_t column;  // from i to i + 1
 };
 
+// Inputs that are taken at a time: as many as keep their part of x in the first cache.
+constexpr int64_t kInputs = 192;
+
 template <typename T, int kOut, int kCol>
 PYCNF_HD void product_block(const Matrix<T>& w, const Vec<T>* x, int64_t x_stride, int64_t in,
-                            Vec<T>* y, int64_t y_stride) {
+                            bool add, Vec<T>* y, int64_t y_stride) {
   Vec<T> sum[kOut][kCol] = {};
+  for (int o = 0; add && o < kOut; ++o) {
+    for (int c = 0; c < kCol; ++c) sum[o][c] = y[o * y_stride + c];
+  }
   const T* row = w.data;
   for (int64_t i = 0; i < in; ++i) {
     Vec<T> a[kCol];
@@ -46,21 +52,21 @@ PYCNF_HD void product_block(const Matrix<T>& w, const Vec<T>* x, int64_t x_strid
 
 template <typename T, int kOut>
 PYCNF_HD void product_rows(const Matrix<T>& w, const Vec<T>* x, int64_t x_stride, int64_t in,
-                           int64_t count, Vec<T>* y, int64_t y_stride) {
+                           int64_t count, bool add, Vec<T>* y, int64_t y_stride) {
   int64_t c = 0;
   for (; c + kColumns <= count; c += kColumns) {
-    product_block<T, kOut, kColumns>(w, x + c, x_stride, in, y + c, y_stride);
+    product_block<T, kOut, kColumns>(w, x + c, x_stride, in, add, y + c, y_stride);
   }
-  if (c < count) product_block<T, kOut, 1>(w, x + c, x_stride, in, y + c, y_stride);
+  if (c < count) product_block<T, kOut, 1>(w, x + c, x_stride, in, add, y + c, y_stride);
 }
 
-// y[o] = Σ_i w(o, i) x[i] for `count` columns; rows of x and y are their strides apart.
 template <typename T>
-void product(const Matrix<T>& w, int64_t out, int64_t in, const Vec<T>* x, int64_t x_stride,
-             int64_t count, Vec<T>* y, int64_t y_stride) {
+PYCNF_HD void product_of_inputs(const Matrix<T>& w, int64_t out, int64_t in, const Vec<T>* x,
+                                int64_t x_stride, int64_t count, bool add, Vec<T>* y,
+                                int64_t y_stride) {
   int64_t o = 0;
   for (; o + kOutputs <= out; o += kOutputs) {
-    product_rows<T, kOutputs>({w.data + o * w.row, w.row, w.column}, x, x_stride, in, count,
+    product_rows<T, kOutputs>({w.data + o * w.row, w.row, w.column}, x, x_stride, in, count, add,
                               y + o * y_stride, y_stride);
   }
   const Matrix<T> rest = {w.data + o * w.row, w.row, w.column};
@@ -68,25 +74,38 @@ void product(const Matrix<T>& w, int64_t out, int64_t in, const Vec<T>* x, int64
     case 0:
       break;
     case 1:
-      product_rows<T, 1>(rest, x, x_stride, in, count, y + o * y_stride, y_stride);
+      product_rows<T, 1>(rest, x, x_stride, in, count, add, y + o * y_stride, y_stride);
       break;
     case 2:
-      product_rows<T, 2>(rest, x, x_stride, in, count, y + o * y_stride, y_stride);
+      product_rows<T, 2>(rest, x, x_stride, in, count, add, y + o * y_stride, y_stride);
       break;
     case 3:
-      product_rows<T, 3>(rest, x, x_stride, in, count, y + o * y_stride, y_stride);
+      product_rows<T, 3>(rest, x, x_stride, in, count, add, y + o * y_stride, y_stride);
       break;
     case 4:
-      product_rows<T, 4>(rest, x, x_stride, in, count, y + o * y_stride, y_stride);
+      product_rows<T, 4>(rest, x, x_stride, in, count, add, y + o * y_stride, y_stride);
       break;
     case 5:
-      product_rows<T, 5>(rest, x, x_stride, in, count, y + o * y_stride, y_stride);
+      product_rows<T, 5>(rest, x, x_stride, in, count, add, y + o * y_stride, y_stride);
       break;
     case 6:
-      product_rows<T, 6>(rest, x, x_stride, in, count, y + o * y_stride, y_stride);
+      product_rows<T, 6>(rest, x, x_stride, in, count, add, y + o * y_stride, y_stride);
       break;
     default:
-      product_rows<T, 7>(rest, x, x_stride, in, count, y + o * y_stride, y_stride);
+      product_rows<T, 7>(rest, x, x_stride, in, count, add, y + o * y_stride, y_stride);
+  }
+}
+
+// y[o] = Σ_i w(o, i) x[i] for `count` columns; rows of x and y are their strides apart.
+template <typename T>
+void product(const Matrix<T>& w, int64_t out, int64_t in, const Vec<T>* x, int64_t x_stride,
+             int64_t count, Vec<T>* y, int64_t y_stride) {
+  // A last block that is nearly empty would cost a pass over y.
+  const int64_t blocks = in <= kInputs + kInputs / 2 ? 1 : (in + kInputs - 1) / kInputs;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t begin = b * in / blocks, end = (b + 1) * in / blocks;
+    product_of_inputs<T>({w.data + begin * w.column, w.row, w.column}, out, end - begin,
+                         x + begin * x_stride, x_stride, count, b > 0, y, y_stride);
   }
 }
 

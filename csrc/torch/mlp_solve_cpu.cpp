@@ -168,7 +168,9 @@ class Solver {
   }
 
   // z at the start of the step, [tiles, D, samples]: all that its gradient needs.
-  at::Tensor state_of_step() const { return y0_.slice(1, 0, features()).contiguous().clone(); }
+  at::Tensor state_of_step() const {
+    return y0_.slice(1, 0, features()).clone(at::MemoryFormat::Contiguous);
+  }
 
   const MlpSetup<T>& setup_;
   const Tableau& tableau_;
