@@ -80,6 +80,45 @@ def test_activations(activation):
     assert_same(pair(field, method="rk4", options={"num_steps": 4}), points(9) * far, seed=3)
 
 
+def values_and_slopes(activation, h):
+    """φ(h) and φ'(h) as the engine has them: one Euler step from 0 of f = φ(h), h the context."""
+    field = MLP(1, (1,), layer="ignore", activation=activation, context=1).to(h.dtype)
+    with torch.no_grad():
+        for name, parameter in field.named_parameters():
+            parameter.fill_(0.0 if "bias" in name else 1.0)
+    flow = CNF(field, "exact", method="euler", options={"num_steps": 1}, engine="fused")
+    with torch.no_grad():
+        value, logdet = flow.inverse(torch.zeros(len(h), 1, dtype=h.dtype), h[:, None])
+    return value[:, 0], -logdet
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", ["tanh", "softplus", "elu", "silu", "selu"])
+def test_vector_math_is_right_to_the_last_digits(activation, dtype):
+    reach = torch.logspace(-30, 2.4, 40_001, dtype=torch.float64)
+    around = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
+    h = torch.cat((-reach, reach, around, torch.zeros(1))).to(dtype)
+    value, slope = values_and_slopes(activation, h)
+    exact = h.double()
+    # In f64 torch's own functions are the truth, to a few of their own last digits.
+    kind = ACTIVATIONS[activation]
+    true_value = kind.value(exact)
+    if activation == "softplus":  # and this is right for h << 0 as well
+        true_value = exact.clamp(min=0) + exact.abs().neg().exp().log1p()
+    info = torch.finfo(dtype)
+    # exp is 0 below the smallest normal number.
+    floor = torch.tensor(info.tiny, dtype=torch.float64) * (1 + exact.abs())
+    error = (value.double() - true_value).abs() - floor
+    assert (error / (true_value.abs() * info.eps)).max() <= (4 if dtype == torch.float32 else 8)
+    slope_error = (slope.double() - kind.slope(exact, true_value)).abs()
+    assert (slope_error <= 4 * info.eps * (1 + exact.abs().clamp(max=100))).all()
+    assert (
+        value[h == 0] == kind.value(torch.zeros(1, dtype=dtype))
+    ).all() or activation == "softplus"
+    if activation == "tanh":
+        assert value.abs().max() == 1
+
+
 @pytest.mark.parametrize("layer", ["ignore", "concat", "concat_v2", "squash", "concatsquash"])
 @pytest.mark.parametrize("time", ["t", ("fourier", 6)])
 @pytest.mark.parametrize("context", [0, 3])
