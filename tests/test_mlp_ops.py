@@ -527,6 +527,29 @@ def test_a_divergence_under_transformations():
     close(tangent, expected.sum())
 
 
+@pytest.mark.parametrize("kind", ["value", "jvp", "probes", "exact"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_batches_of_cotangents(kind, create_graph):
+    """vmap over a backward, which has no rule for the op either."""
+    field, found = field_of(context=2), []
+    for function in KINDS[kind]:
+        z, t, columns = normal(5, 3, grad=True), time().requires_grad_(), normal(2, 5, 3, grad=True)
+        out = function(field, t, z, columns, normal(5, 2))
+        bars = [normal(4, *x.shape, seed=5) for x in out]
+        inputs = [z, t, *([] if kind in ("value", "exact") else [columns]), *field.parameters()]
+        # The context's weight comes before the op, which hands its gradient on.
+        gradients = torch.autograd.grad(
+            out, inputs, bars, is_grads_batched=True, create_graph=create_graph,
+            allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
+        if create_graph:
+            loss = sum(x.sin().sum() for x in gradients)
+            gradients = (*gradients, *torch.autograd.grad(loss, [z, t]))
+        found.append(gradients)
+    for got, expected in zip(*found, strict=True):
+        close(got, expected)
+
+
 # ---- opcheck -------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ kernel has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -143,6 +143,15 @@ def _differentiable(name: str, rule: Callable) -> None:
 # ---- the rules -----------------------------------------------------------------------------------
 
 
+def _batched(*bars: Tensor | None) -> bool:
+    """Whether cotangents are those of vmap, which autograd has a kind of its own of."""
+    functorch = torch._C._functorch
+    return any(
+        x is not None and (functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x))
+        for x in bars
+    )
+
+
 def _needs_parameters(needed: SimpleNamespace) -> bool:
     return needed.t or any(needed.parameters)
 
@@ -161,6 +170,8 @@ def _named(
 
 
 def _of_value(a: SimpleNamespace, needed: SimpleNamespace, kept: Tensor, value_bar, _) -> dict:
+    if _batched(value_bar):
+        return _plain_gradient(a, needed, (value_bar,), None, _value)
     gradients = _ops.mlp_value_divergence_backward(
         value_bar, None, a.t, a.z, None, a.context, a.parameters, a.kind, None, 0, 0, False, kept,
         _needs_parameters(needed),
@@ -171,6 +182,10 @@ def _of_value(a: SimpleNamespace, needed: SimpleNamespace, kept: Tensor, value_b
 def _of_value_divergence(
     a: SimpleNamespace, needed: SimpleNamespace, kept: Tensor, value_bar, divergence_bar, _
 ) -> dict:
+    if _batched(value_bar, divergence_bar):
+        _draw(a, needed)
+        bars = value_bar, divergence_bar
+        return _plain_gradient(a, needed, bars, "probe", _value_and_divergence)
     gradients = _ops.mlp_value_divergence_backward(
         value_bar, divergence_bar, a.t, a.z, a.probe, a.context, a.parameters, a.kind, a.keys,
         a.seed, a.probes, a.gaussian, kept, _needs_parameters(needed),
@@ -181,6 +196,9 @@ def _of_value_divergence(
 def _of_value_jvp(
     a: SimpleNamespace, needed: SimpleNamespace, kept: Tensor, value_bar, images_bar, _
 ) -> dict:
+    if _batched(value_bar, images_bar):
+        bars = value_bar, images_bar
+        return _plain_gradient(a, needed, bars, "tangents", _value_and_images)
     gradients = _ops.mlp_value_jvp_backward(
         value_bar, images_bar, a.t, a.z, a.tangents, a.context, a.parameters, a.kind, kept,
         _needs_parameters(needed),
@@ -204,29 +222,77 @@ def _of_vjp(
 def _of_value_divergence_backward(
     a: SimpleNamespace, needed: SimpleNamespace, _: None, *cotangents: Tensor | None
 ) -> dict:
-    if a.keys is not None:
-        noise = "gaussian" if a.gaussian else "rademacher"
-        a.probe = _ops.probe_sample(
-            a.keys, a.seed, a.probes, a.z.shape[1], noise=noise, dtype=a.z.dtype
-        )
-        needed.probe = False
-
-    def function(field: MLP, t, z, probe, context):
-        affines = field.affines(t, z, context)
-        if a.kind[2] == NO_DIVERGENCE:
-            return field.value_at(affines, z), None
-        return value_and_tangents(affines, field.activation, z, probe)
-
+    _draw(a, needed)
+    function = _value if a.kind[2] == NO_DIVERGENCE else _value_and_divergence
     return _again(a, needed, cotangents, ("value_bar", "divergence_bar"), "probe", function)
 
 
 def _of_value_jvp_backward(
     a: SimpleNamespace, needed: SimpleNamespace, _: None, *cotangents: Tensor | None
 ) -> dict:
-    def function(field: MLP, t, z, tangents, context):
-        return push_forward(field.affines(t, z, context), field.activation, z, tangents)
+    bars = "value_bar", "images_bar"
+    return _again(a, needed, cotangents, bars, "tangents", _value_and_images)
 
-    return _again(a, needed, cotangents, ("value_bar", "images_bar"), "tangents", function)
+
+# ---- the same by the plain formulas --------------------------------------------------------------
+
+
+def _value(field: MLP, t: Tensor, z: Tensor, _: None, context: Tensor | None) -> tuple[Tensor, ...]:
+    return (field.value_at(field.affines(t, z, context), z),)
+
+
+def _value_and_divergence(
+    field: MLP, t: Tensor, z: Tensor, probe: Tensor | None, context: Tensor | None
+) -> tuple[Tensor, ...]:
+    return value_and_tangents(field.affines(t, z, context), field.activation, z, probe)
+
+
+def _value_and_images(
+    field: MLP, t: Tensor, z: Tensor, tangents: Tensor, context: Tensor | None
+) -> tuple[Tensor, ...]:
+    return push_forward(field.affines(t, z, context), field.activation, z, tangents)
+
+
+def _draw(a: SimpleNamespace, needed: SimpleNamespace) -> None:
+    """Puts drawn probes where given ones would be."""
+    if a.keys is None:
+        return
+    noise = "gaussian" if a.gaussian else "rademacher"
+    a.probe = _ops.probe_sample(
+        a.keys, a.seed, a.probes, a.z.shape[1], noise=noise, dtype=a.z.dtype
+    )
+    needed.probe = False
+
+
+def _nodes(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Each input by a node of its own: one may be a function of another."""
+    return [
+        x if x is None else x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        for x in tensors
+    ]
+
+
+def _plain_gradient(
+    a: SimpleNamespace,
+    needed: SimpleNamespace,
+    bars: Sequence[Tensor | None],
+    tangents: str | None,
+    function: Callable,
+) -> dict:
+    """A forward op's gradient in plain operations: batches of cotangents (vmap) need these."""
+    deeper = torch.is_grad_enabled()
+    with torch.enable_grad():
+        given = _nodes(
+            a.z, a.t, a.context, None if tangents is None else getattr(a, tangents), *a.parameters
+        )
+        z, t, context, probe, *parameters = given
+        outputs = function(_field(parameters, a.kind, context), t, z, probe, context)
+    wants = [
+        needed.z, needed.t, needed.context, tangents is not None and getattr(needed, tangents),
+        *needed.parameters,
+    ]  # fmt: skip
+    found = _gradient(zip(outputs, bars), given, wants, deeper)
+    return _by_name(found, tangents)
 
 
 def _again(
@@ -240,53 +306,47 @@ def _again(
     """The gradient of a backward op, whose results are the gradient of a function of the field."""
     deeper = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Each input by a node of its own: one may be a function of another.
-        given = [
-            x if x is None else x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            for x in (a.z, a.t, a.context, getattr(a, tangents), *a.parameters)
-        ]
+        given = _nodes(a.z, a.t, a.context, getattr(a, tangents), *a.parameters)
+        upper = _nodes(*(getattr(a, name) for name in bars))
         z, t, context, probe, *parameters = given
-        upper = [
-            x if x is None else x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            for x in (getattr(a, name) for name in bars)
-        ]
         outputs = function(_field(parameters, a.kind, context), t, z, probe, context)
-        seeded = [(out, bar) for out, bar in zip(outputs, upper) if bar is not None]
-        inputs = [x for x in given if x is not None]
-        gradients = iter(
-            torch.autograd.grad(
-                [out for out, _ in seeded], inputs, [bar for _, bar in seeded],
-                create_graph=True, allow_unused=True,
-            )
-            if seeded
-            else [None] * len(inputs)
-        )  # fmt: skip
-        first = [None if x is None else next(gradients) for x in given]
+        first = _gradient(zip(outputs, upper), given, [True] * len(given), True)
     # What the op was not asked for is empty, and has no cotangent to speak of.
     pairs = [
         (gradient, bar)
         for gradient, bar in zip(first, cotangents)
-        if gradient is not None and bar is not None
-        if gradient.requires_grad and gradient.shape == bar.shape
+        if gradient is not None and bar is not None and gradient.shape == bar.shape
     ]
-    if not pairs:
-        return {}
-    wanted_by = [needed.z, needed.t, needed.context, getattr(needed, tangents), *needed.parameters]
-    wanted_by += [getattr(needed, name) for name in bars]
-    sources = [*given, *upper]
-    wanted = [x for x, want in zip(sources, wanted_by) if x is not None and want]
+    wants = [needed.z, needed.t, needed.context, getattr(needed, tangents), *needed.parameters]
+    wants += [getattr(needed, name) for name in bars]
+    found = _gradient(pairs, [*given, *upper], wants, deeper)
+    return _by_name(found[:-2], tangents) | dict(zip(bars, found[-2:]))
+
+
+def _gradient(
+    pairs: Iterable[tuple[Tensor, Tensor | None]],
+    inputs: Sequence[Tensor | None],
+    wants: Sequence[bool],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """Gradients of outputs, paired with their cotangents, by the inputs that are wanted."""
+    seeded = [(x, bar) for x, bar in pairs if bar is not None and x.requires_grad]
+    wanted = [x for x, want in zip(inputs, wants) if x is not None and want]
+    if not seeded or not wanted:
+        return [None] * len(inputs)
     found = iter(
         torch.autograd.grad(
-            [gradient for gradient, _ in pairs], wanted, [bar for _, bar in pairs],
-            create_graph=deeper, allow_unused=True,
+            [x for x, _ in seeded], wanted, [bar for _, bar in seeded],
+            create_graph=create_graph, allow_unused=True,
         )
     )  # fmt: skip
-    second = [
-        next(found) if x is not None and want else None for x, want in zip(sources, wanted_by)
-    ]
-    z_bar, t_bar, context_bar, tangents_bar, *others = second
-    names = {"z": z_bar, "t": t_bar, "context": context_bar, tangents: tangents_bar}
-    return {**names, "parameters": others[:-2], **dict(zip(bars, others[-2:]))}
+    return [next(found) if x is not None and want else None for x, want in zip(inputs, wants)]
+
+
+def _by_name(found: Sequence[Tensor | None], tangents: str | None) -> dict[str, Any]:
+    z_bar, t_bar, context_bar, tangents_bar, *others = found
+    names = {"z": z_bar, "t": t_bar, "context": context_bar, "parameters": others}
+    return names if tangents is None else {**names, tangents: tangents_bar}
 
 
 def _field(parameters: Sequence[Tensor | None], kind: Sequence[int], context: Tensor | None) -> MLP:
