@@ -632,6 +632,15 @@ def test_bad_arguments(call, error, says):
         call()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_field_that_must_be_called(kind):
+    hooked = field_of()
+    hooked.register_forward_hook(lambda *_: None)
+    for field in (hooked, torch.nn.Linear(3, 3).double()):
+        with pytest.raises(TypeError, match="field: got a"):
+            KINDS[kind][0](field, T, Z, P, None)
+
+
 def op_call(case, changes):
     """An op with some of its arguments changed."""
     op, arguments = arguments_of(case)

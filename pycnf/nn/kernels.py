@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pycnf import _ops
 
-from .divergence import value_and_divergence, value_and_products
+from .divergence import has_forward_mode, value_and_divergence, value_and_products
 from .field_ops import field_arguments, keeps, serves, time_of, value_and_divergence_by_op
 from .mlp import MLP
 from .tangents import push_forward
@@ -33,6 +33,7 @@ def mlp_value(field: MLP, t: Tensor | float, z: Tensor, context: Tensor | None =
         >>> mlp_value(MLP(2), 0.5, torch.zeros(3, 2)).shape
         torch.Size([3, 2])
     """
+    _check_field(field)
     if not serves(field, t, z, context):
         return field(t, z, context)
     t = time_of(t, z)
@@ -61,6 +62,7 @@ def mlp_value_jvp(
         >>> mlp_value_jvp(MLP(2), 0.5, torch.zeros(3, 2), torch.ones(4, 3, 2))[1].shape
         torch.Size([4, 3, 2])
     """
+    _check_field(field)
     _check_columns("tangents", tangents, z)
     if not serves(field, t, z, tangents, context):
         return push_forward(field.affines(t, z, context), field.activation, z, tangents)
@@ -91,6 +93,7 @@ def mlp_vjp(
         >>> mlp_vjp(MLP(2), 0.5, torch.zeros(3, 2), torch.ones(4, 3, 2))[1].shape
         torch.Size([4, 3, 2])
     """
+    _check_field(field)
     _check_columns("cotangents", cotangents, z)
     if not serves(field, t, z, cotangents, context):
         return value_and_products(field, t, z, cotangents, context)
@@ -133,6 +136,7 @@ def mlp_value_divergence(
         >>> mlp_value_divergence(MLP(2), 0.5, torch.zeros(3, 2))[1].shape
         torch.Size([3])
     """
+    _check_field(field)
     if noise not in ("rademacher", "gaussian"):
         raise ValueError(f'noise must be "rademacher" or "gaussian", got {noise!r}')
     if probe is not None:
@@ -155,6 +159,14 @@ def mlp_value_divergence(
     if keys is not None:
         draw = (keys, _ops.signed_seed(seed), probes, noise == "gaussian")
     return value_and_divergence_by_op(field, t, z, probe, context, draw)
+
+
+def _check_field(field: MLP) -> None:
+    if not has_forward_mode(field):
+        raise TypeError(
+            f"field: got a {type(field).__name__}, expected an MLP without hooks and without a "
+            "forward of its own"
+        )
 
 
 def _check_time(t: Tensor, z: Tensor) -> None:
