@@ -31,11 +31,15 @@ OPS = (
     "mlp_samples",
     "mlp_samples_backward",
     "mlp_samples_adjoint",
+    "mlp_value",
+    "mlp_value_jvp",
+    "mlp_vjp",
+    "mlp_value_divergence",
+    "mlp_value_divergence_backward",
+    "mlp_value_jvp_backward",
 )
-# Elsewhere a flow runs on the generic engine, which is their reference.
-WITHOUT_REFERENCE = tuple(
-    name for name in OPS if name.startswith(("mlp_solve", "mlp_adjoint", "mlp_samples"))
-)
+# Elsewhere a flow runs on the generic engine and a field on `pycnf.nn`, which are their reference.
+WITHOUT_REFERENCE = tuple(name for name in OPS if name.startswith("mlp_"))
 
 _compiled = SimpleNamespace(**{name: getattr(torch.ops.pycnf, name).default for name in OPS})
 # The ops of the inner loop have bindings of their own, past the dispatcher's boxing of arguments.
@@ -44,6 +48,11 @@ time_tensors = _C.time_tensors
 mlp_solve, mlp_solve_backward = _compiled.mlp_solve, _compiled.mlp_solve_backward
 mlp_samples, mlp_samples_backward = _compiled.mlp_samples, _compiled.mlp_samples_backward
 mlp_adjoint, mlp_samples_adjoint = _compiled.mlp_adjoint, _compiled.mlp_samples_adjoint
+# Differentiable by `pycnf.nn.field_gradients`.
+mlp_value, mlp_value_jvp, mlp_vjp = _compiled.mlp_value, _compiled.mlp_value_jvp, _compiled.mlp_vjp
+mlp_value_divergence = _compiled.mlp_value_divergence
+mlp_value_divergence_backward = _compiled.mlp_value_divergence_backward
+mlp_value_jvp_backward = _compiled.mlp_value_jvp_backward
 _DTYPES = (torch.float32, torch.float64)
 _DEVICES = ("cpu", "cuda") if _C.with_cuda else ("cpu",)
 
@@ -98,10 +107,16 @@ def probe_sample(
     """
     if noise not in ("rademacher", "gaussian"):
         raise ValueError(f'noise must be "rademacher" or "gaussian", got {noise!r}')
-    seed = int(seed) & (1 << 64) - 1
-    seed = seed - (1 << 64) if seed >= 1 << 63 else seed
     served = _compiled if has_kernels(dtype, keys.device) else reference
-    return served.probe_sample(keys, seed, probes, features, noise == "gaussian", dtype)
+    return served.probe_sample(
+        keys, signed_seed(seed), probes, features, noise == "gaussian", dtype
+    )
+
+
+def signed_seed(seed: int) -> int:
+    """The int64 with the last 64 bits of any integer."""
+    seed = int(seed) & (1 << 64) - 1
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
 # ---- fakes: shapes and dtypes without data, for torch.compile and opcheck ------------------------
@@ -207,6 +222,86 @@ def _(
     *args: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip
     return *_gradients(z_bar, context, parameters), times.new_empty(2)
+
+
+@torch.library.register_fake("pycnf::mlp_value")
+def _(
+    t: Tensor, z: Tensor, context: Any, parameters: Sequence[Tensor | None], kind: Any, keep: bool
+) -> tuple[Tensor, Tensor]:
+    return _contiguous(z), _kept(z, parameters, 0, keep)
+
+
+@torch.library.register_fake("pycnf::mlp_value_jvp")
+def _(
+    t: Tensor, z: Tensor, tangents: Tensor, context: Any, parameters: Sequence[Tensor | None],
+    kind: Any, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kept = _kept(z, parameters, tangents.shape[0], keep)
+    return _contiguous(z), _contiguous(tangents), kept
+
+
+@torch.library.register_fake("pycnf::mlp_vjp")
+def _(t: Tensor, z: Tensor, cotangents: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _contiguous(z), _contiguous(cotangents)
+
+
+@torch.library.register_fake("pycnf::mlp_value_divergence")
+def _(
+    t: Tensor, z: Tensor, probe: Tensor | None, context: Any, parameters: Sequence[Tensor | None],
+    kind: Sequence[int], keys: Tensor | None, seed: int, probes: int, gaussian: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if kind[2] == 1:
+        tangents = probes if probe is None else probe.shape[0]
+    else:
+        tangents = z.shape[1] if kind[2] == 2 else 1
+    return _contiguous(z), z.new_empty(z.shape[0]), _kept(z, parameters, tangents, keep)
+
+
+@torch.library.register_fake("pycnf::mlp_value_divergence_backward")
+def _(
+    value_bar: Any, divergence_bar: Any, t: Tensor, z: Tensor, probe: Tensor | None,
+    context: Tensor | None, parameters: Sequence[Tensor | None], *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    return _field_gradients(t, z, probe, context, parameters, args[-1])
+
+
+@torch.library.register_fake("pycnf::mlp_value_jvp_backward")
+def _(
+    value_bar: Any, images_bar: Any, t: Tensor, z: Tensor, tangents: Tensor,
+    context: Tensor | None, parameters: Sequence[Tensor | None], *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    return _field_gradients(t, z, tangents, context, parameters, args[-1])
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+# kKeptSamples in csrc/torch/mlp_field_cpu.cpp.
+_KEPT_SAMPLES = 64
+
+
+def _kept(z: Tensor, parameters: Sequence[Tensor | None], tangents: int, keep: bool) -> Tensor:
+    """What an evaluation keeps: the state and the products of all layers; see mlp_tile.h."""
+    first, *others = (weight.shape[0] for weight in parameters[::5])
+    rows = z.shape[1] + first + (1 + tangents) * sum(others)
+    samples = (z.shape[0] + _KEPT_SAMPLES - 1) // _KEPT_SAMPLES * _KEPT_SAMPLES
+    return z.new_empty(rows * samples if keep else 0)
+
+
+def _field_gradients(
+    t: Tensor,
+    z: Tensor,
+    tangents: Tensor | None,
+    context: Tensor | None,
+    parameters: Sequence[Tensor | None],
+    need_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    def like(x: Tensor | None, wanted: bool = True) -> Tensor:
+        return z.new_empty(0 if x is None or not wanted else x.shape)
+
+    bars = [like(parameter, need_parameters) for parameter in parameters]
+    return like(z), like(t, need_parameters), like(context), like(tangents), bars
 
 
 def _extras(kind: Sequence[int]) -> int:

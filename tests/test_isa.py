@@ -136,12 +136,21 @@ def test_instruction_sets_agree(results, capability):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+# Tests of the fused engine, and those that would not see another instruction set.
+OF_THE_FUSED_ENGINE = {
+    "tests/test_cnf_fused.py": "",
+    "tests/test_mlp_ops.py": "not (gradcheck or gradgradcheck or opcheck or bad or third)",
+}
+
+
 @pytest.mark.parametrize("capability", [name for name in AVAILABLE if name != AVAILABLE[-1]])
-def test_the_fused_engine_is_right_on_every_instruction_set(capability):
+@pytest.mark.parametrize("tests", OF_THE_FUSED_ENGINE)
+def test_the_fused_engine_is_right_on_every_instruction_set(capability, tests):
     """The newest one is this process's own."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cnf_fused.py"],
+        [*command, "-k", OF_THE_FUSED_ENGINE[tests]],
         env=environment, check=True, timeout=600, cwd=ROOT,
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ same formula, without tolerance.
 
 import math
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -1239,8 +1240,15 @@ def test_bindings_take_the_schema_s_names():
 KEYS = torch.arange(5) * 7 - 11
 X = torch.linspace(-1, 1, 6).view(3, 2)
 NET = [torch.eye(2), torch.ones(2), torch.ones(2), torch.zeros(2), None] * 2
-MLP_SETTINGS = (None, NET, 0, 0, "rk4", True, 1.0)
-TAPE = ops.mlp_solve(X, None, *MLP_SETTINGS, 1.0, 0.0, [], [1.0, 0.4, 0.0], 0)[3:]
+# Exact divergence: by unit vectors for steps per sample, whose last layer has a gate here.
+MLP_SETTINGS, SAMPLES_SETTINGS = (
+    (None, NET, method, [0, 0, divergence, 0, 0], [1.0, 0.0, 0.0])
+    for method, divergence in (("rk4", 3), ("dopri5", 2))
+)
+GRID, CONTROL = [1.0, 0.4, 0.0], [1e-3, 1e-3, 0.0, 1.0, 0.9, 10.0, 0.2, 100.0]
+TAPE = ops.mlp_solve(X, None, *MLP_SETTINGS, 1.0, 0.0, [], GRID, 0)[3:]
+SAMPLES_TAPE = ops.mlp_samples(X, None, *SAMPLES_SETTINGS, 1.0, 0.0, CONTROL, True)[3:]
+BARS = (X, X[:, 0].unsqueeze(0))
 OPCHECK = {
     "rk_stage": (ops.rk_stage, (Y, K, False, [Y], [0.5, 0.25], H)),
     "rk_stage, stored": (ops.rk_stage, (Y.double(), K.double(), True, [], E3, H)),
@@ -1279,16 +1287,29 @@ OPCHECK = {
     "probe_keys, strided": (ops.probe_keys, (K.double().t(),)),
     "probe_keys, deep": (ops.probe_keys, (K.view(3, 2, 3),)),
     "probe_sample": (ops.probe_sample, (KEYS, 3, 2, 5, False, F32)),
-    "mlp_solve": (
-        ops.mlp_solve, (X, None, *MLP_SETTINGS, 1.0, 0.0, [], [1.0, 0.4, 0.0], -1),
+    "mlp_solve": (ops.mlp_solve, (X, None, *MLP_SETTINGS, 1.0, 0.0, [], GRID, -1)),
+    "mlp_solve_backward": (
+        ops.mlp_solve_backward, (*BARS, None, *MLP_SETTINGS, *TAPE, True),
     ),
-    "mlp_solve_backward": (ops.mlp_solve_backward, (X, X[:, 0], None, *MLP_SETTINGS, *TAPE)),
+    "mlp_adjoint": (
+        ops.mlp_adjoint, (X, *BARS, None, *MLP_SETTINGS, 0.0, 1.0, [], GRID[::-1], []),
+    ),
+    "mlp_samples": (ops.mlp_samples, (X, None, *SAMPLES_SETTINGS, 1.0, 0.0, CONTROL, False)),
+    "mlp_samples_backward": (
+        ops.mlp_samples_backward, (*BARS, None, *SAMPLES_SETTINGS, *SAMPLES_TAPE, True),
+    ),
+    "mlp_samples_adjoint": (
+        ops.mlp_samples_adjoint, (X, *BARS, None, *SAMPLES_SETTINGS, 0.0, 1.0, CONTROL),
+    ),
     "probe_sample, gaussian": (ops.probe_sample, (KEYS[::2], -3, 1, 3, True, F64)),
 }  # fmt: skip
 
 
 def test_every_op_is_checked():
-    assert {name.split(",")[0] for name in OPCHECK} == set(_ops.OPS)
+    elsewhere = {name for name in _ops.OPS if name.startswith(("mlp_value", "mlp_vjp"))}
+    assert {name.split(",")[0] for name in OPCHECK} == set(_ops.OPS) - elsewhere
+    text = Path(__file__).with_name("test_mlp_ops.py").read_text()
+    assert all(f"_ops.{name}" in text for name in elsewhere)
 
 
 @pytest.mark.parametrize("name", OPCHECK)

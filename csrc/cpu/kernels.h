@@ -1,6 +1,7 @@
 // The CPU kernels as one table of functions per instruction set. No torch here.
 #pragma once
 
+#include "core/mlp_field.h"
 #include "core/mlp_solve.h"
 #include "core/params.h"
 
@@ -36,6 +37,17 @@ struct CpuMlpSteps {
   void (*adjoint_attempt)(const MlpSolve<T>&, const MlpAdjointAttempt<T>&, int64_t tile, T* memory);
 };
 
+// One evaluation of the field. Functions of a tile take memory for field_numbers().
+template <typename T>
+struct CpuMlpField {
+  void (*forward)(const MlpSolve<T>&, const MlpFieldInputs<T>&, const MlpFieldForward<T>&,
+                  int64_t tile, T* memory);
+  void (*reverse)(const MlpSolve<T>&, const MlpFieldInputs<T>&, const MlpFieldReverse<T>&,
+                  int64_t tile, T* memory);
+  void (*vjp)(const MlpSolve<T>&, const MlpFieldInputs<T>&, const MlpFieldVjp<T>&, int64_t tile,
+              T* memory);
+};
+
 template <typename T>
 struct CpuMlpTable {
   int lanes;  // samples of a vector
@@ -56,6 +68,9 @@ struct CpuMlpTable {
   CpuMlpSteps<T> own;     // each sample its own
   void (*adjoint_quadrature)(const MlpSolve<T>&, const MlpAdjointAttempt<T>&, const T* own_steps,
                              int64_t tile, T* memory);
+  int64_t (*field_numbers)(const MlpSolve<T>&, int64_t cotangents);
+  CpuMlpField<T> shared_field;  // one time for all samples
+  CpuMlpField<T> own_field;     // each sample its own
 };
 
 struct CpuMlpKernels {

@@ -3,7 +3,9 @@
 
 #include "core/elementary.h"
 #include "core/mlp.h"
+#include "core/mlp_field.h"
 #include "core/mlp_solve.h"
+#include "core/philox.h"
 #include "cpu/kernels.h"
 
 namespace pycnf {
@@ -45,6 +47,7 @@ constexpr ReverseActivation<T> kReverseActivation[kActivations] = {
 #include "cpu/mlp_reverse.h"
 //
 #include "cpu/mlp_adjoint.h"
+#include "cpu/mlp_field.h"
 #include "cpu/mlp_time.h"
 #include "cpu/mlp_trace.h"
 
@@ -54,11 +57,16 @@ constexpr CpuMlpSteps<T> kSteps = {
     adjoint_first<kOwn, T>, adjoint_trial<kOwn, T>, adjoint_attempt<kOwn, T>,
 };
 
+template <bool kOwn, typename T>
+constexpr CpuMlpField<T> kField = {field_forward<kOwn, T>, field_reverse<kOwn, T>,
+                                   field_vjp<kOwn, T>};
+
 template <typename T>
 constexpr CpuMlpTable<T> kTable = {
-    kLanes<T>,      kept_numbers<T>,  workspace_numbers<T>, timed_numbers<T>,
-    time_layers<T>, mixed_numbers<T>, mixing_numbers<T>,    mix<T>,
-    unmix<T>,       kSteps<false, T>, kSteps<true, T>,      adjoint_quadrature<T>,
+    kLanes<T>,        kept_numbers<T>,  workspace_numbers<T>, timed_numbers<T>,
+    time_layers<T>,   mixed_numbers<T>, mixing_numbers<T>,    mix<T>,
+    unmix<T>,         kSteps<false, T>, kSteps<true, T>,      adjoint_quadrature<T>,
+    field_numbers<T>, kField<false, T>, kField<true, T>,
 };
 
 }  // namespace

@@ -31,6 +31,7 @@ struct MlpArguments {
   std::string_view method;
   at::IntArrayRef kind;
   at::ArrayRef<double> weights;
+  int64_t drawn = 0;  // K, where probes are drawn tile by tile and no tensor holds them
 };
 
 inline const Tableau& find_tableau(std::string_view method) {
@@ -77,7 +78,8 @@ struct MlpTimes {
 template <typename T>
 class MlpSetup {
  public:
-  MlpSetup(const at::Tensor& x, const MlpArguments& arguments, bool own_times)
+  // `solving`: with what all steps of a solve share.
+  MlpSetup(const at::Tensor& x, const MlpArguments& arguments, bool own_times, bool solving = true)
       : options(x.options().requires_grad(std::nullopt)),
         batch(x.size(0)),
         table(cpu_mlp_kernels<T>()),
@@ -102,7 +104,7 @@ class MlpSetup {
     extras = extra_rows(solve);
     chunks = std::min<int64_t>(at::get_num_threads(), tiles);
     read_context(arguments.context);
-    if (!own_times) {
+    if (solving && !own_times) {
       if (solve.tangents > 0 && !solve.closed_form) tile_probes(probe);
       if (context.defined()) {
         context_tiles = to_tiles(context, solve.field.layer[0].out);
@@ -111,6 +113,7 @@ class MlpSetup {
     }
     if (solve.closed_form) mix_once();
     kept_numbers = table.kept_numbers(solve);
+    if (!solving) return;
     workspace_numbers = table.workspace_numbers(solve);
     workspace = at::empty({chunks, workspace_numbers + kAlign<T>}, options);
   }
@@ -339,6 +342,11 @@ class MlpSetup {
       case Divergence::kNone:
         break;
       case Divergence::kProbes:
+        if (arguments.drawn > 0) {
+          solve.tangents = arguments.drawn;
+          solve.probe_weight = T(1) / T(solve.tangents);
+          break;
+        }
         TORCH_CHECK(arguments.probe.has_value() && arguments.probe->dim() == 3 &&
                         arguments.probe->size(0) > 0 && arguments.probe->size(1) == batch &&
                         arguments.probe->size(2) == features &&

@@ -111,4 +111,52 @@ TORCH_LIBRARY(pycnf, m) {
       "mlp_samples_adjoint(Tensor z, Tensor z_bar, Tensor? extras_bar, Tensor? probe, "
       "Tensor? context, Tensor?[] parameters, str method, int[] kind, float[] weights, "
       "float start, float end, float[] control) -> (Tensor, Tensor, Tensor[], Tensor)");
+
+  // ---- its field, once (core/mlp_field.h) --------------------------------------------------------
+  //
+  // At t, 0-dim or one for each sample [B]. `context`, `parameters` and `kind` as above, `kind`
+  // without regularizers and, but for the divergence's ops, without a divergence. The probes of the
+  // divergence are given, [K, B, D], or drawn: what probe_sample gives for `keys`, `seed`, `probes`
+  // and `gaussian`, but never in memory as a whole. The last result of a forward op is what its
+  // backward op needs and would otherwise compute again, if `keep`, else it is empty: the state and
+  // products of every layer, of a size that a multiple of 64 samples would need.
+  //
+  // Backward ops return the gradients of z, t, the context, the tangents or probe (empty where there
+  // is none, or where probes were drawn) and of the parameters (empty where there is none); those of
+  // t and the parameters are empty unless `need_parameters`.
+
+  // f [B, D].
+  m.def(
+      "mlp_value(Tensor t, Tensor z, Tensor? context, Tensor?[] parameters, int[] kind, bool keep) "
+      "-> (Tensor, Tensor)");
+
+  // f and the images (df/dz) tangents_k [K, B, D].
+  m.def(
+      "mlp_value_jvp(Tensor t, Tensor z, Tensor tangents, Tensor? context, Tensor?[] parameters, "
+      "int[] kind, bool keep) -> (Tensor, Tensor, Tensor)");
+
+  // f and the products cotangents_k^T df/dz [K, B, D].
+  m.def(
+      "mlp_vjp(Tensor t, Tensor z, Tensor cotangents, Tensor? context, Tensor?[] parameters, "
+      "int[] kind) -> (Tensor, Tensor)");
+
+  // f and its divergence [B].
+  m.def(
+      "mlp_value_divergence(Tensor t, Tensor z, Tensor? probe, Tensor? context, "
+      "Tensor?[] parameters, int[] kind, Tensor? keys, int seed, int probes, bool gaussian, "
+      "bool keep) -> (Tensor, Tensor, Tensor)");
+
+  // From the cotangents of f and of the divergence, where there is one: without, mlp_value's.
+  m.def(
+      "mlp_value_divergence_backward(Tensor? value_bar, Tensor? divergence_bar, Tensor t, Tensor "
+      "z, "
+      "Tensor? probe, Tensor? context, Tensor?[] parameters, int[] kind, Tensor? keys, int seed, "
+      "int probes, bool gaussian, Tensor kept, bool need_parameters) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
+
+  // From the cotangents of f and of the images.
+  m.def(
+      "mlp_value_jvp_backward(Tensor? value_bar, Tensor? images_bar, Tensor t, Tensor z, "
+      "Tensor tangents, Tensor? context, Tensor?[] parameters, int[] kind, Tensor kept, "
+      "bool need_parameters) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
 }

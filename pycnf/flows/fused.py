@@ -15,8 +15,9 @@ from pycnf._ops import (
     mlp_solve,
     mlp_solve_backward,
 )
-from pycnf.nn.activation import ACTIVATIONS
 from pycnf.nn.closed_form import HIDDEN_LAYERS
+from pycnf.nn.field_gradients import CLOSED_FORM, NO_DIVERGENCE, PROBES, UNIT_VECTORS
+from pycnf.nn.field_ops import PLACES
 from pycnf.nn.layers import Parts
 from pycnf.nn.mlp import MLP
 
@@ -29,9 +30,6 @@ from .problem import Problem
 from .shared import Step, slopes
 from .solve import filled, gradients_of_ends, replayed_gradient
 
-PLACES = {name: place for place, name in enumerate(ACTIVATIONS)}
-# In the order of Divergence in csrc/torch/mlp_setup.h.
-NO_DIVERGENCE, PROBES, UNIT_VECTORS, CLOSED_FORM = range(4)
 # In the order of Status in csrc/torch/mlp_loop.h.
 DONE, TOO_MANY_STEPS, UNDERFLOW, STATE_NOT_FINITE, FIELD_NOT_FINITE = range(5)
 

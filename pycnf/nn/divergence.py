@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import closed_form
 from .activation import Activation
+from .field_ops import gains, serves, value_and_divergence_by_op
 from .layers import Affine
 from .mlp import MLP
 from .tangents import push_forward, value_and_divergence_by_hand, value_and_tangents
@@ -61,6 +62,9 @@ def value_and_divergence(
         if probe.dtype != z.dtype:
             raise TypeError(f"probe: got {probe.dtype}, expected z's {z.dtype}")
     if has_forward_mode(field):
+        shared = not isinstance(t, Tensor) or t.dim() == 0
+        if shared and serves(field, t, z, probe, context) and gains(field, z):
+            return value_and_divergence_by_op(field, t, z, probe, context)
         return mlp_value_and_divergence(field.affines(t, z, context), field.activation, z, probe)
     return _by_vjp(field, t, z, probe, context)
 
@@ -113,7 +117,7 @@ def value_divergence_and_norm(
     if has_forward_mode(field):
         affines = field.affines(t, z, context)
         return mlp_value_divergence_and_norm(affines, field.activation, z, probe)
-    return _contract(*_value_and_products(field, t, z, probe, context), probe)
+    return _contract(*value_and_products(field, t, z, probe, context), probe)
 
 
 def mlp_value_divergence_and_norm(
@@ -136,13 +140,13 @@ def _contract(
 def _by_vjp(
     field: VectorField, t: Tensor, z: Tensor, probe: Tensor | None, context: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    value, products = _value_and_products(field, t, z, probe, context)
+    value, products = value_and_products(field, t, z, probe, context)
     if probe is None:
         return value, torch.diagonal(products, dim1=0, dim2=2).sum(-1)
     return value, torch.linalg.vecdot(probe, products).mean(0)
 
 
-def _value_and_products(
+def value_and_products(
     field: VectorField, t: Tensor, z: Tensor, probe: Tensor | None, context: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Value [B, D] and products ε_kᵀ ∂f/∂z [K, B, D], with the unit vectors for no probes."""

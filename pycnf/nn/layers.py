@@ -165,7 +165,7 @@ class TimeLayer(nn.Module):
             The affine map; its shapes begin with those of tau and context, where they matter.
         """
         weight, bias, gate_weight, gate_bias, shift_weight = self.parts()
-        bias = self._with_context(bias, context)
+        bias = self.with_context(bias, context)
         gate = shift = None
         if gate_weight is not None:
             gate = torch.sigmoid(self._of_tau(tau, gate_weight, gate_bias))
@@ -197,7 +197,7 @@ class TimeLayer(nn.Module):
             return _parameter(self.out_features, fan_in=1)
         return _parameter(self.out_features, self.time_features, fan_in=self.time_features)
 
-    def _with_context(self, bias: Tensor | None, context: Tensor | None) -> Tensor | None:
+    def with_context(self, bias: Tensor | None, context: Tensor | None) -> Tensor | None:
         """The bias plus the context's part: [out] or [B, out]; None for zero."""
         return F.linear(context, self.context_weight, bias) if self.context else bias
 
@@ -295,10 +295,10 @@ class Given(TimeLayer):
     def parts(self) -> Parts:
         return self.given
 
-    def _with_context(self, bias: Tensor | None, context: Tensor | None) -> Tensor | None:
+    def with_context(self, bias: Tensor | None, context: Tensor | None) -> Tensor | None:
         if self.context and self.context_weight is None:
             return context if bias is None else bias + context
-        return super()._with_context(bias, context)
+        return super().with_context(bias, context)
 
 
 class Blend(TimeLayer):
