@@ -1,5 +1,6 @@
 """The fused engine: a whole solve, and the gradient of a solve, in one call into compiled code."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -237,6 +238,11 @@ class _Adjoint(torch.autograd.Function):
             *ends_bar,
             *(None if p is None else bar for p, bar in zip(tensors, bars)),
         )
+
+
+for _function in (_Discrete, _Adjoint):
+    # torch binds the arguments of every call to it, and would read it from the code every time.
+    _function.forward.__signature__ = inspect.signature(_function.forward)
 
 
 def _run(
