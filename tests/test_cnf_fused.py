@@ -438,3 +438,13 @@ def test_errors_with_steps_per_sample(says):
     assert (
         messages[0].split(" with ")[0].split("=")[0] == messages[1].split(" with ")[0].split("=")[0]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [{"divergence": "exact"}, {"probes": 1}])
+def test_weights_beyond_the_caches(kind):
+    # Wider tiles than elsewhere, and products taken in blocks of inputs.
+    field = field_of(3, (700, 750), scale=2.0)
+    flows = pair(field, method="bosh3", rtol=1e-3, atol=1e-3, **kind)
+    keywords = {} if "divergence" in kind else {"seed": 3}
+    assert_same(flows, points(128 * torch.get_num_threads() + 5, 3), rtol=1e-10, **keywords)

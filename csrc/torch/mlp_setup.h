@@ -51,6 +51,9 @@ T* mutable_values(const at::Tensor& x) {
   return x.mutable_data_ptr<T>();
 }
 
+// What a thread may count on of the last cache.
+constexpr int64_t kCacheBytes = int64_t(4) << 20;
+
 template <typename T>
 constexpr int64_t kAlign = 64 / int64_t(sizeof(T));
 
@@ -98,6 +101,14 @@ class MlpSetup {
     const int64_t most = batch <= table.lanes ? 1 : 2;
     solve.vectors =
         std::max<int64_t>(solve.tangents > 0 ? 1 : most, std::min<int64_t>(16 / table.lanes, 8));
+    // Every tile streams weights (and their gradients) that no cache holds: fewer, wider tiles then,
+    // as long as every thread has some.
+    int64_t largest = 0;
+    for (int l = 0; l < solve.field.layers; ++l) {
+      largest = std::max(largest, solve.field.layer[l].in * solve.field.layer[l].out);
+    }
+    const bool streams = largest * int64_t(sizeof(T)) > kCacheBytes;
+    if (streams && !own_times && batch >= 128 * at::get_num_threads()) solve.vectors *= 4;
     samples = solve.vectors * table.lanes;
     tiles = (batch + samples - 1) / samples;
     rows = state_rows(solve);
