@@ -69,7 +69,7 @@ class Row:
 
 
 def interleave(
-    contenders: dict[str, Callable[[], object]], rounds: int, seconds: float = 0.0
+    contenders: dict[str, Callable[[], object]], rounds: int, seconds: float = 0.2
 ) -> dict[str, list[float]]:
     """Seconds that a call of each contender takes, round by round.
 

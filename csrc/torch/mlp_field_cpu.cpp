@@ -67,31 +67,15 @@ void check_arguments(const FieldArguments& arguments) {
   TORCH_CHECK(!drawn || probes > 0, "probes must be at least 1, got ", probes);
 }
 
-// The kernels want rows of contiguous numbers; parameters may be any views.
-Parameters contiguous(const Parameters& parameters) {
-  Parameters result;
-  result.reserve(parameters.size());
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    std::optional<at::Tensor> part = parameters.get(i);
-    const bool rows = i % kPerLayer == 0 || i % kPerLayer == 4;  // the weights may be strided
-    if (part.has_value() && !(rows && part->dim() == 2 && part->stride(1) == 1)) {
-      part = part->contiguous();
-    }
-    result.push_back(part);
-  }
-  return result;
-}
-
 // One call's arguments as the kernels want them, with the tensors that they point into.
 template <typename T>
 class Field {
  public:
   Field(const FieldArguments& arguments, int64_t cotangents)
-      : parameters(contiguous(arguments.parameters)),
-        own_times(arguments.t.dim() == 1),
+      : own_times(arguments.t.dim() == 1),
         setup(arguments.z,
-              {arguments.probe, arguments.context, parameters, "euler", kind_of(arguments),
-               kWeights, arguments.keys.has_value() ? arguments.probes : 0},
+              {arguments.probe, arguments.context, arguments.parameters, "euler",
+               kind_of(arguments), kWeights, arguments.keys.has_value() ? arguments.probes : 0},
               own_times, false),
         numbers_(setup.table.field_numbers(setup.solve, cotangents)),
         workspace_(recycled(setup.chunks * (numbers_ + kAlign<T>), setup.options)),
@@ -167,7 +151,6 @@ class Field {
     return own_times ? setup.table.own_field : setup.table.shared_field;
   }
 
-  const Parameters parameters;
   const bool own_times;
   const MlpSetup<T> setup;
   MlpFieldInputs<T> inputs = {};

@@ -104,28 +104,25 @@ class GradientSums {
       const auto& of = field.layer[l];
       const auto& at = layout_.layer[l];
       const int64_t width = setup_.padded(of.out);
-      // value(i) of parameter `which`, in the order of its own numbers.
-      const auto add = [&](int which, const auto& value) {
+      // [rows, columns] of parameter `which`, the numbers of a row and of a column so far apart.
+      const auto add = [&](int which, int64_t first, int64_t rows, int64_t row, int64_t columns,
+                           int64_t column) {
         const std::optional<at::Tensor> parameter = parameters.get(l * kPerLayer + which);
         auto gradient = at::empty(parameter.has_value() ? parameter->sizes() : at::IntArrayRef{0},
                                   setup_.options);
-        T* out = mutable_values<T>(gradient);
-        for (int64_t i = 0; i < gradient.numel(); ++i) out[i] = value(i);
         result.push_back(gradient);
+        if (gradient.numel() == 0) return;
+        T* out = mutable_values<T>(gradient);
+        for (int64_t i = 0; i < rows; ++i) {
+          const T* from = memory + first + i * row;
+          for (int64_t j = 0; j < columns; ++j) *out++ = from[j * column];
+        }
       };
-      const auto of_time = [&](int64_t first) {
-        return [&, first](int64_t i) {
-          return memory[first + i % field.time_features * width + i / field.time_features];
-        };
-      };
-      add(0, [&](int64_t i) {
-        const int64_t o = i / of.in, in = i % of.in;
-        return memory[at.weight + (at.swapped ? in * at.stride + o : o * at.stride + in)];
-      });
-      add(1, [&](int64_t i) { return memory[at.bias + i]; });
-      add(2, of_time(at.gate_weight));
-      add(3, [&](int64_t i) { return memory[at.gate_bias + i]; });
-      add(4, of_time(at.shift_weight));
+      add(0, at.weight, of.out, at.swapped ? 1 : at.stride, of.in, at.swapped ? at.stride : 1);
+      add(1, at.bias, 1, 0, of.out, 1);
+      add(2, at.gate_weight, of.out, 1, field.time_features, width);
+      add(3, at.gate_bias, 1, 0, of.out, 1);
+      add(4, at.shift_weight, of.out, 1, field.time_features, width);
     }
     return result;
   }

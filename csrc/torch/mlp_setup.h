@@ -302,15 +302,22 @@ class MlpSetup {
     field.time_features = fourier > 0 ? fourier : 1;
     int64_t in = features;
     for (int64_t l = 0; l < layers; ++l) {
+      // Any views will do: what the kernels cannot walk over is copied.
       const auto part = [&](int64_t i) -> std::optional<at::Tensor> {
-        return parameters.get(l * kPerLayer + i);
+        std::optional<at::Tensor> found = parameters.get(l * kPerLayer + i);
+        const bool rows = i == 0 || i == 4;  // which may be strided
+        if (!found.has_value() || found->is_contiguous() ||
+            (rows && found->dim() == 2 && found->stride(1) == 1)) {
+          return found;
+        }
+        copies.push_back(found->contiguous());
+        return copies.back();
       };
       auto& layer = field.layer[l];
       const auto weight = part(0);
       TORCH_CHECK(weight.has_value() && weight->dim() == 2 && weight->size(1) == in &&
-                      weight->stride(1) == 1 && weight->scalar_type() == dtype(),
-                  "layer ", l, ": weight must be [out, ", in, "] of ", dtype(),
-                  " with rows of contiguous numbers");
+                      weight->scalar_type() == dtype(),
+                  "layer ", l, ": weight must be [out, ", in, "] of ", dtype());
       layer.in = in;
       layer.out = weight->size(0);
       layer.weight = values<T>(*weight);
@@ -324,7 +331,7 @@ class MlpSetup {
       if (shift.has_value()) {
         TORCH_CHECK(shift->scalar_type() == dtype() &&
                         shift->numel() == layer.out * field.time_features &&
-                        shift->size(0) == layer.out && (shift->dim() == 1 || shift->stride(1) == 1),
+                        shift->size(0) == layer.out,
                     "layer ", l, ": shift_weight must be [", layer.out, ", ", field.time_features,
                     "] of ", dtype());
         layer.shift_weight = values<T>(*shift);
@@ -338,8 +345,8 @@ class MlpSetup {
   const T* vector_of(const std::optional<at::Tensor>& x, const char* name, int64_t layer,
                      int64_t size) const {
     if (!x.has_value()) return nullptr;
-    TORCH_CHECK(x->numel() == size && x->is_contiguous() && x->scalar_type() == dtype(), "layer ",
-                layer, ": ", name, " must be ", size, " contiguous numbers of ", dtype());
+    TORCH_CHECK(x->numel() == size && x->scalar_type() == dtype(), "layer ", layer, ": ", name,
+                " must be ", size, " numbers of ", dtype());
     return values<T>(*x);
   }
 
@@ -439,6 +446,7 @@ class MlpSetup {
     solve.probe_stride = unit ? 0 : features * tangents * samples;
   }
 
+  std::vector<at::Tensor> copies;  // of parameters
   at::Tensor constant_memory;
   T* constant_mix = nullptr;
   at::Tensor probe_tiles;

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .divergence import VectorField, has_forward_mode
-from .layers import LAYERS
+from .layers import LAYERS, TimeLayer
 from .layouts import HOOKS, NotRecognised, a_named, candidates_of, frequencies_of, hooked, is_linear
 from .mlp import MLP
 
@@ -39,13 +39,10 @@ def why_not_fused(field: VectorField) -> str | None:
     if not has_forward_mode(field) or hooked(field) is not None:
         return "the field is an MLP with hooks or with a forward of its own"
     for layer in field.layers:
-        parts = layer.parts()
-        if parts is None:
+        if type(layer).parts is TimeLayer.parts:
             names = {kind: name for name, kind in LAYERS.items()}
             name = names.get(type(layer), type(layer).__name__)
             return f"the field has a {name!r} layer, whose weights depend on time"
-        if parts.weight.shape[1] > 1 and parts.weight.stride(1) != 1:
-            return "the field has a weight whose rows are not contiguous in memory"
     if len(field.layers) > MOST_LAYERS:
         return (
             f"the field has {len(field.layers)} layers and the fused engine at most {MOST_LAYERS}"
