@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from pycnf.flows import CNF
-from pycnf.nn import MLP
+from pycnf.nn import MLP, fuse
 
 
 def make(dtype=torch.float64, **settings):
@@ -173,9 +174,9 @@ def test_an_optimizer_s_step_on_a_module_is_seen():
             return self.net(torch.cat((z, t.expand(z.shape[0], 1)), 1))
 
     field = Field().double()
-    flow = CNF(field)
+    assert "pycnf.nn.fuse" in CNF(field).explain()
+    flow = CNF(fuse(field))
     assert flow.explain().startswith("The fused engine")
-    assert list(flow.state_dict()) == [f"field.{name}" for name in field.state_dict()]
     optimizer = torch.optim.Adam(flow.parameters(), 0.1)
     before = flow.log_prob(X, seed=1)
     (-before.sum()).backward()
@@ -188,6 +189,28 @@ def test_an_optimizer_s_step_on_a_module_is_seen():
     assert after.sum() > before.sum()
     assert torch.equal(copy.deepcopy(flow).log_prob(X, seed=1), after)
     handle = field.net[0].register_forward_hook(lambda *_: None)
-    assert "hook" in flow.explain()
+    with pytest.raises(ValueError, match="has got hooks since"):
+        flow.log_prob(X, seed=1)
     handle.remove()
-    assert flow.explain().startswith("The fused engine")
+    assert torch.equal(flow.log_prob(X, seed=1), after)
+
+
+def test_recognising_a_module_in_many_threads_leaves_it_alone():
+    module = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    parameters = [id(p) for p in module.parameters()]
+    values = []
+
+    def work():
+        for _ in range(10):
+            values.append(CNF(fuse(module), "exact").log_prob(X).detach())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(values) == 40
+    assert all(torch.equal(value, values[0]) for value in values)
+    assert [id(p) for p in module.parameters()] == parameters
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())

@@ -10,7 +10,7 @@ from torch import nn
 
 from pycnf.flows import CNF
 from pycnf.nn import MLP, fuse
-from pycnf.nn.fusion import fingerprint, recognise, why_not_fused
+from pycnf.nn.fusion import recognise, why_not_fused
 
 D, H = 3, 7
 
@@ -662,16 +662,3 @@ def test_rows_that_are_not_contiguous():
         found.append([log_prob, *torch.autograd.grad(log_prob.sum(), list(module.parameters()))])
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
-
-
-def test_fingerprint_changes_with_the_modules_and_hooks():
-    module = TimeFirst()
-    first = fingerprint(module)
-    assert fingerprint(module) == first
-    assert fingerprint(module.forward) == first
-    handle = module.net[1].register_forward_hook(lambda *_: None)
-    assert fingerprint(module) != first
-    handle.remove()
-    assert fingerprint(module) == first
-    module.net[2] = nn.Linear(H, 5)
-    assert fingerprint(module) != first

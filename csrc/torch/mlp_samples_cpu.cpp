@@ -7,7 +7,6 @@
 #include <torch/library.h>
 
 #include <array>
-#include <atomic>
 
 #include "torch/mlp_gradient.h"
 #include "torch/mlp_loop.h"
@@ -162,7 +161,7 @@ class SampleSolver {
 
   Report report;
 
-  void run(Share share, const std::atomic<bool>& stopped, bool listens) {
+  void run(Share share, Interruption& interruption, int64_t chunk) {
     begin(share);
     if (report.status != Status::kDone) return;
     const int64_t samples = setup_.samples;
@@ -190,8 +189,7 @@ class SampleSolver {
       k_.load(lane, first_rates_.data(), 0, rows_);
       refill(lane);
     }
-    while (active > 0 && !stopped) {
-      if (listens) check_interrupt();
+    while (active > 0 && interruption.go_on(chunk)) {
       for (int64_t lane = 0; lane < samples; ++lane) {
         auto& step = steps[lane];
         step = {t[lane], 0, t[lane], false};
@@ -367,18 +365,13 @@ template <typename T, typename MakeSystem>
 Report solve_samples(const MlpSetup<T>& setup, const Interval& interval, int64_t rows,
                      double second, const MakeSystem& system_of) {
   std::vector<Report> reports(setup.chunks);
-  std::atomic<bool> stopped = false;
+  Interruption interruption;
   setup.for_each_chunk([&](int64_t chunk) {
     const auto system = system_of(chunk);
     SampleSolver<T> solver(setup, *system, interval, rows, second);
-    try {
-      solver.run(share_of(setup, chunk), stopped, chunk == 0);
-    } catch (...) {
-      stopped = true;
-      throw;
-    }
+    solver.run(share_of(setup, chunk), interruption, chunk);
     reports[chunk] = solver.report;
-    if (solver.report.status != Status::kDone) stopped = true;
+    if (solver.report.status != Status::kDone) interruption.stop();
   });
   Report all;
   for (const auto& one : reports) {
@@ -542,6 +535,7 @@ Gradient backward(const MlpSetup<T>& setup, const at::Tensor& z_bar, const at::T
   auto ends = at::zeros({need_times ? setup.batch : 0, 2}, setup.options.dtype(at::kDouble));
   GradientSums<T> sums(setup, 1);
 
+  Interruption interruption;
   setup.for_each_chunk([&](int64_t chunk) {
     const auto share = share_of(setup, chunk);
     Lanes<T> lanes(setup);
@@ -583,7 +577,7 @@ Gradient backward(const MlpSetup<T>& setup, const at::Tensor& z_bar, const at::T
     step.times_bar = need_times ? times_bar.data() : nullptr;
     step.gradients = sums.layers(chunk, 0);
     step.mixed_bar = mixed.pointers();
-    while (active > 0) {
+    while (active > 0 && interruption.go_on(chunk)) {
       for (int64_t lane = 0; lane < samples; ++lane) {
         const double* of = time + 4 * record_of[lane];
         const bool idle = sample_of[lane] < 0;
@@ -619,7 +613,7 @@ Gradient backward(const MlpSetup<T>& setup, const at::Tensor& z_bar, const at::T
         refill(lane);
       }
     }
-    mixed.unmix(0, prepared.at[0], step.gradients);
+    if (!prepared.at.empty()) mixed.unmix(0, prepared.at[0], step.gradients);
   });
 
   sums.reduce(0);

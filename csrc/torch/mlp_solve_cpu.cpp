@@ -253,6 +253,7 @@ Gradient solve_backward(const MlpSetup<T>& setup, const at::Tensor& z_bar,
   const int64_t block = setup.tiles * setup.kept_numbers;
   const double* time = times.const_data_ptr<double>();
 
+  Interruption interruption;
   setup.for_each_chunk([&](int64_t chunk) {
     MlpTimes<T> step_times;
     MixedBars<T> mixed(setup, used, setup.mix_is_constant);
@@ -266,7 +267,7 @@ Gradient solve_backward(const MlpSetup<T>& setup, const at::Tensor& z_bar,
     step.times_bar = need_times ? of_samples.data() : nullptr;
     step.gradients = sums.layers(chunk, 0);
     step.mixed_bar = mixed.pointers();
-    for (int64_t n = steps - 1; n >= 0; --n) {
+    for (int64_t n = steps - 1; n >= 0 && interruption.go_on(chunk); --n) {
       setup.prepare_step(time[3 * n], time[3 * n + 1], time[3 * n + 2], need_times, false,
                          step_times);
       step.h = T(time[3 * n + 1]);

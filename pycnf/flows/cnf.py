@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from pycnf._ops import probe_keys, probe_sample
 from pycnf.nn.divergence import VectorField
-from pycnf.nn.fusion import fingerprint, recognise, why_not_fused
-from pycnf.nn.mlp import MLP
+from pycnf.nn.fusion import why_not_fused
 from pycnf.odeint.tableau import TABLEAUX, Tableau
 
 from .control import AdaptiveControl, FixedControl
@@ -65,10 +64,9 @@ class CNF(nn.Module):
         max_num_steps: Largest number of attempted steps of an adaptive method.
         gradient: "discrete", "continuous", "seminorm" or "autograd".
         steps: "shared" by the batch or "per-sample"; then "continuous" means "seminorm".
-        engine: "fused" runs an `MLP`, or a module that computes the same (see `pycnf.nn.fuse`; its
-            forward is not called then), on the CPU in f32 and f64, a whole solve in one call into
-            compiled code; "generic" runs any field; "auto" takes the fused one where it can.
-            `explain()` says which it is and why.
+        engine: "fused" runs an `MLP` (`pycnf.nn.fuse` makes one of other modules) on the CPU in f32
+            and f64, a whole solve in one call into compiled code; "generic" runs any field; "auto"
+            takes the fused one where it can. `explain()` says which it is and why.
         base: Distribution with `log_prob` [B, D] -> [B] and `sample`; None for N(0, I).
         regularizers: Weights of "kinetic", ∫‖f‖² dt, and "jacobian", ∫‖∂f/∂z‖_F² dt (RNODE, Finlay
             et al. 2020), left in `stats.regularizers` by each solve with a logdet. They are
@@ -133,7 +131,6 @@ class CNF(nn.Module):
         self.engine = engine
         self.regularizers = dict(regularizers or {})
         self.keep_bytes = 1 << 28
-        self._recognised: tuple[tuple[int, ...], MLP | str] | None = None
         self._check()
         if base is None:
             base = StandardNormal(_features_of(field))
@@ -289,7 +286,7 @@ class CNF(nn.Module):
         if self.engine != "generic" and why is None:
             return (
                 "The fused engine (a whole solve in one call into compiled code): the field is an "
-                f"MLP that it knows, on the CPU in {self._network().dtype}."
+                f"MLP that it knows, on the CPU in {self.field.dtype}."
             )
         if self.engine == "generic":
             why = "engine='generic' was asked for"
@@ -303,7 +300,7 @@ class CNF(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The newest solve's statistics may hold its graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "stats": None, "_recognised": None}
+        return {**self.__dict__, "stats": None}
 
     # ---- arguments -------------------------------------------------------------------------------
 
@@ -338,12 +335,15 @@ class CNF(nn.Module):
             value = getattr(self, name)
             if not isinstance(value, Real) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}: got {value!r}, expected a number of at least 0")
-        if float(self.rtol) == float(self.atol) == 0:
-            raise ValueError("rtol, atol: got 0 for both, expected one above 0")
+        if float(self.atol) == 0:
+            raise ValueError(
+                "atol: got 0, expected a number above 0: the log-determinant starts at 0, where no "
+                "relative tolerance is met"
+            )
         t0, t1 = _value(self.t0), _value(self.t1)
         if not (math.isfinite(t0) and math.isfinite(t1)) or t0 == t1:
             raise ValueError(f"t0, t1: got {t0} and {t1}, expected two different times")
-        for name, weight in self.regularizers.items():
+        for name, weight in (self.regularizers or {}).items():
             if name not in REGULARIZERS:
                 raise ValueError(
                     f"regularizers: got {name!r}, expected any of {', '.join(REGULARIZERS)}"
@@ -356,46 +356,25 @@ class CNF(nn.Module):
                 raise ValueError(f"engine: got 'fused', but {why}")
         self._control()
 
-    def _network(self) -> MLP | str:
-        """The field as an `MLP`, or why it is none."""
-        if isinstance(self.field, MLP):
-            return self.field
-        mark = fingerprint(self.field)
-        if self._recognised is None or self._recognised[0] != mark:
-            self._recognised = mark, recognise(self.field)
-        return self._recognised[1]
-
     def _why_not_fused(self) -> str | None:
         """One sentence saying what keeps the fused engine from running this flow, or None."""
-        network = self._network()
-        if isinstance(network, str):
-            if network.startswith("the field"):
-                return network
-            return f"the field is a {type(self.field).__name__} and no network it knows ({network})"
-        why = why_not_fused(network)
+        why = why_not_fused(self.field)
         if why is not None:
             return why
         if self.gradient == "autograd":
             return "gradient='autograd' goes through the operations of the generic engine"
-        if self.gradient == "continuous" and network.context and self.steps == "shared":
+        if self.gradient == "continuous" and self.field.context and self.steps == "shared":
             return (
                 "gradient='continuous' has the gradient of the context in its error norm, which "
                 "the fused engine does not compute while it solves; 'seminorm' has not"
             )
-        like = network.layers[0].parts().weight
+        like = self.field.layers[0].parts().weight
         if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
             return (
                 "it runs float32 and float64 on the CPU, and the field is "
                 f"{like.dtype} on {like.device}"
             )
         return None
-
-    def _runs_fused(self, context: Tensor | None) -> bool:
-        if self.engine == "generic" or self._why_not_fused() is not None:
-            return False
-        # A module may do with a context what a network without one does not know.
-        network = self._network()
-        return network is self.field or bool(network.context) == (context is not None)
 
     def _control(self) -> AdaptiveControl | FixedControl:
         tableau = TABLEAUX[self.method]
@@ -502,7 +481,7 @@ class CNF(nn.Module):
             divergence=divergence,
             probe=probe,
             sign=sign,
-            regularizers=self.regularizers if divergence else {},
+            regularizers=dict(self.regularizers or {}) if divergence else {},
             # Without an error estimate there is nothing to adapt to a sample.
             per_sample=self.steps == "per-sample" and tableau.adaptive,
             gradient=self.gradient,
@@ -534,8 +513,8 @@ class CNF(nn.Module):
             if problem.per_sample and not self._times_checked and x.shape[0]:
                 check_time_per_sample(problem, x, context)
                 self._times_checked = True
-            if self._runs_fused(context):
-                return solve_fused(problem.on(self._network()), x, context, start, end)
+            if self.engine != "generic" and self._why_not_fused() is None:
+                return solve_fused(problem, x, context, start, end)
             if not torch.is_inference_mode_enabled():
                 return solve(problem, x, context, start, end)
             # A divergence by vector-Jacobian products needs a graph, which inference mode refuses.

@@ -5,9 +5,9 @@ with random parameters, and has to return what its layers do in a row. So neithe
 classes nor the parameters it has today (zeros in the last layer, say) decide.
 """
 
+import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from .divergence import VectorField, has_forward_mode
 from .layers import LAYERS, TimeLayer
-from .layouts import HOOKS, NotRecognised, a_named, candidates_of, frequencies_of, hooked, is_linear
+from .layouts import NotRecognised, a_named, candidates_of, frequencies_of, hooked, is_linear
 from .mlp import MLP
 
 MOST_LAYERS = 16  # kMaxLayers in csrc/core/mlp.h
@@ -35,7 +35,10 @@ def why_not_fused(field: VectorField) -> str | None:
     if not isinstance(field, nn.Module):
         return f"the field is a plain callable ({type(field).__name__}), not a pycnf.nn.MLP"
     if not isinstance(field, MLP):
-        return f"the field is a {type(field).__name__}, not a pycnf.nn.MLP"
+        return (
+            f"the field is a {type(field).__name__}, not a pycnf.nn.MLP (pycnf.nn.fuse makes one "
+            "of a module that computes the same)"
+        )
     if not has_forward_mode(field) or hooked(field) is not None:
         return "the field is an MLP with hooks or with a forward of its own"
     for layer in field.layers:
@@ -64,10 +67,11 @@ def fuse(module: Callable[..., Any], time: str | None = None) -> MLP:
       squash and concatsquash;
     * `zuko.flows.CNF(...).transform`, whose field is its method `f`, with context or without.
 
-    Nothing is copied: a step of an optimizer, `load_state_dict` and `.to` on the module are seen by
-    the field, and the field's gradients arrive at the module's parameters. The module itself is
-    called here, a few times, to compare values, and never again: the field does not know what its
-    forward is made to do later, nor hooks registered later, and counts no evaluations there.
+    The parameters are not copied: a step of an optimizer, `load_state_dict` and `.to` on the module
+    are seen by the field, and the field's gradients arrive at the module's parameters. A copy of
+    the module is called here, a few times, to compare values; the module itself never is, so what
+    its forward does besides (other values in training mode or at other times, counts, dropout) and
+    what it is made to do later is not known to the field. Hooks that come later are an error.
 
     Args:
         module: The module.
@@ -86,6 +90,8 @@ def fuse(module: Callable[..., Any], time: str | None = None) -> MLP:
     """
     if time is not None and time not in TIMES:
         raise ValueError(f"time: got {time!r}, expected None or one of {', '.join(TIMES)}")
+    if isinstance(module, MLP):
+        return module
     if isinstance(getattr(module, "diffeq", None), nn.Module) and hasattr(module, "before_odeint"):
         # FFJORD's ODEfunc, which adds the divergence to a field of this name.
         if getattr(module, "residual", False):
@@ -105,8 +111,7 @@ def recognise(field: VectorField) -> MLP | str:
     """The `MLP` that computes what a field f(t, z) does, or one sentence saying why there is none.
 
     An `MLP` is returned as it is, and any other module as by `fuse`, except that it must be called
-    as f(t, z); so must a method of a module. Leaves the random generators and the attributes of
-    the module (a count of evaluations, say) as they were.
+    as f(t, z); so must a method of a module. Leaves the module and the random generators alone.
     """
     if isinstance(field, MLP):
         return field
@@ -119,18 +124,6 @@ def recognise(field: VectorField) -> MLP | str:
         return _recognise(field)
     except NotRecognised as why:
         return str(why)
-
-
-def fingerprint(field: VectorField) -> tuple[int, ...]:
-    """Changes when a submodule is replaced or a hook comes or goes, and `recognise` may with it."""
-    module = _owner(field)
-    if module is None:
-        return (id(field),)
-    return tuple(
-        number
-        for part in module.modules()
-        for number in (id(part), sum(len(getattr(part, hooks)) for hooks in HOOKS))
-    )
 
 
 def _owner(field: VectorField) -> nn.Module | None:
@@ -151,6 +144,8 @@ def _recognise(field: VectorField) -> MLP:
     module = _owner(field)
     if module is None:
         raise NotRecognised(f"the field is a plain callable ({type(field).__name__}), no module")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise NotRecognised("the field is a TorchScript module")
     return _choose(field, module, candidates_of(module))
 
 
@@ -165,14 +160,7 @@ def _recognise_plain(field: VectorField, time: str | None) -> MLP:
             f"the field has one input more than its {candidates[0].features} outputs: say "
             "time='first' or time='last'"
         )
-    place = candidates[0].layers[0].time
-
-    def call(t: Tensor, z: Tensor) -> Tensor:
-        column = t.expand(z.shape[0], 1)
-        inputs = {"none": [z], "first": [column, z], "last": [z, column]}[place]
-        return field(torch.cat(inputs, 1))
-
-    return _choose(call, module, candidates)
+    return _choose(field, module, candidates, plain=True)
 
 
 class _Together(nn.Module):
@@ -187,24 +175,30 @@ class _Together(nn.Module):
         return [function(*(x.clone() for x in inputs)) for function in self.functions]
 
 
-@contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """Undoes what calls do to the attributes of a module: counters, caches."""
-    before = [(part, dict(vars(part))) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, attributes in before:
-            vars(part).clear()
-            vars(part).update(attributes)
-
-
-def _choose(field: VectorField, module: nn.Module, candidates: list[MLP]) -> MLP:
+def _choose(
+    field: VectorField, module: nn.Module, candidates: list[MLP], plain: bool = False
+) -> MLP:
     """The candidate whose values are the field's, at random parameters, states and times.
 
     Random parameters, because under the real ones candidates may agree that do not later: a last
-    layer of zeros is how many fields begin.
+    layer of zeros is how many fields begin. All this happens to a copy: the module itself may be in
+    use elsewhere. A `plain` field has one argument, with the time in it as the candidate says.
     """
+    try:
+        called, module, twins = copy.deepcopy((field, module, candidates))
+    except Exception as error:
+        raise NotRecognised(
+            f"the field cannot be copied, which comparing its values takes: {error}"
+        ) from None
+    place = candidates[0].layers[0].time
+
+    def call(t: Tensor, z: Tensor, *context: Tensor) -> Tensor:
+        if not plain:
+            return called(t, z, *context)
+        column = t.expand(z.shape[0], 1)
+        inputs = {"none": [z], "first": [column, z], "last": [z, column]}[place]
+        return called(torch.cat(inputs, 1))
+
     like = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
 
@@ -217,7 +211,7 @@ def _choose(field: VectorField, module: nn.Module, candidates: list[MLP]) -> MLP
     }
     rows, features, context = 8, candidates[0].features, candidates[0].context
     sizes = torch.logspace(-2, 1, rows, device="cpu").unsqueeze(1).to(like)
-    together = _Together(module, [field, *candidates])
+    together = _Together(module, [call, *twins])
     agree = [True] * len(candidates)
     # A few digits short of the dtype's, as the order of sums may differ: 7e-5 in f32.
     tolerance = torch.finfo(like.dtype).eps ** 0.6
@@ -226,7 +220,6 @@ def _choose(field: VectorField, module: nn.Module, candidates: list[MLP]) -> MLP
         torch.no_grad(),
         torch.autocast(like.device.type, enabled=False),
         torch.random.fork_rng(devices),
-        _as_it_was(module),
     ):
         for time in (0.0, 1.0, 0.37, -1.6):
             inputs = [torch.tensor(time, device="cpu").to(like), draw(rows, features) * sizes]

@@ -70,6 +70,13 @@ class Linked(TimeLayer):
         return self.linear.weight[:, self.time_width + self.in_features :]
 
     def parts(self) -> Parts:
+        for part in (self.linear, self.gate, self.shift):
+            if part is not None and (part._forward_hooks or part._forward_pre_hooks):
+                raise ValueError(
+                    f"field: a {type(part).__name__} of the module under pycnf.nn.fuse has got "
+                    "hooks since (weight_norm is one), which a fused field does not call; give CNF "
+                    "the module itself"
+                )
         weight, bias = self.linear.weight, getattr(self.linear, "bias", None)
         gate_weight = gate_bias = shift_weight = None
         if self.gate is not None:
