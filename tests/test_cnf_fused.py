@@ -440,10 +440,28 @@ def test_errors_with_steps_per_sample(says):
     )
 
 
+def test_threads_may_change_between_forward_and_backward():
+    flow = pair(field_of(scale=2.0))[0]
+    x = points(300).requires_grad_()
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for first, second in ((1, 1), (1, 5), (5, 1)):
+            torch.set_num_threads(first)
+            log_prob = flow.log_prob(x, seed=3)
+            torch.set_num_threads(second)
+            found.append(torch.autograd.grad(log_prob.sum(), [x, *flow.field.parameters()]))
+    finally:
+        torch.set_num_threads(before)
+    for gradients in found[1:]:
+        for mine, other in zip(gradients, found[0], strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [{"divergence": "exact"}, {"probes": 1}])
-def test_weights_beyond_the_caches(kind):
-    # Wider tiles than elsewhere, and products taken in blocks of inputs.
+def test_wide_layers(kind):
+    # Products taken in blocks of inputs.
     field = field_of(3, (700, 750), scale=2.0)
     flows = pair(field, method="bosh3", rtol=1e-3, atol=1e-3, **kind)
     keywords = {} if "divergence" in kind else {"seed": 3}

@@ -51,9 +51,6 @@ T* mutable_values(const at::Tensor& x) {
   return x.mutable_data_ptr<T>();
 }
 
-// What a thread may count on of the last cache.
-constexpr int64_t kCacheBytes = int64_t(4) << 20;
-
 template <typename T>
 constexpr int64_t kAlign = 64 / int64_t(sizeof(T));
 
@@ -81,8 +78,10 @@ struct MlpTimes {
 template <typename T>
 class MlpSetup {
  public:
-  // `solving`: with what all steps of a solve share.
-  MlpSetup(const at::Tensor& x, const MlpArguments& arguments, bool own_times, bool solving = true)
+  // `solving`: with what all steps of a solve share. `tile_samples`: of the tiles that another call
+  // has made.
+  MlpSetup(const at::Tensor& x, const MlpArguments& arguments, bool own_times, bool solving = true,
+           int64_t tile_samples = 0)
       : options(x.options().requires_grad(std::nullopt)),
         batch(x.size(0)),
         table(cpu_mlp_kernels<T>()),
@@ -101,14 +100,18 @@ class MlpSetup {
     const int64_t most = batch <= table.lanes ? 1 : 2;
     solve.vectors =
         std::max<int64_t>(solve.tangents > 0 ? 1 : most, std::min<int64_t>(16 / table.lanes, 8));
-    // Every tile streams weights (and their gradients) that no cache holds: fewer, wider tiles then,
-    // as long as every thread has some.
-    int64_t largest = 0;
-    for (int l = 0; l < solve.field.layers; ++l) {
-      largest = std::max(largest, solve.field.layer[l].in * solve.field.layer[l].out);
+    if (tile_samples > 0) {
+      solve.vectors = tile_samples / table.lanes;
+    } else if (!own_times) {
+      // Wider tiles pass over the weights, and the sums of their gradients, less often: up to four
+      // times as wide, while every thread has four of them (or, where the tiles of another call must
+      // be the same whatever the threads, there are eight).
+      const int64_t wanted = solving ? 4 * at::get_num_threads() : 8;
+      const int64_t widest = 4 * solve.vectors;
+      while (solve.vectors < widest && batch >= wanted * 2 * solve.vectors * table.lanes) {
+        solve.vectors *= 2;
+      }
     }
-    const bool streams = largest * int64_t(sizeof(T)) > kCacheBytes;
-    if (streams && !own_times && batch >= 128 * at::get_num_threads()) solve.vectors *= 4;
     samples = solve.vectors * table.lanes;
     tiles = (batch + samples - 1) / samples;
     rows = state_rows(solve);
