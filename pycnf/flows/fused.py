@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pycnf._ops import (
@@ -16,9 +15,8 @@ from pycnf._ops import (
     mlp_solve,
     mlp_solve_backward,
 )
-from pycnf.nn.closed_form import HIDDEN_LAYERS
-from pycnf.nn.field_gradients import CLOSED_FORM, NO_DIVERGENCE, PROBES, UNIT_VECTORS
-from pycnf.nn.field_ops import PLACES
+from pycnf.nn.field_gradients import NO_DIVERGENCE, PROBES, UNIT_VECTORS
+from pycnf.nn.field_ops import exact_divergence, field_arguments, kind_of
 from pycnf.nn.layers import Parts
 from pycnf.nn.mlp import MLP
 
@@ -56,17 +54,11 @@ def solve_fused(
     Raises:
         SolveError: The solve cannot go on.
     """
-    field = problem.field
     problem.stats.engine = "fused"
-    field.check(x, context)
+    offset, tensors, _ = field_arguments(problem.field, x, context)
     if x.shape[0] == 0:
         zero = x.sum(1)
         return x.clone(), *(zero.clone() for _ in range(problem.extras))
-    offset = None
-    if context is not None:
-        offset = F.linear(context, field.layers[0].context_weight)
-        offset = offset.expand(x.shape[0], -1)
-    tensors = [tensor for layer in field.layers for tensor in layer.parts()]
     inputs = (x, offset, start, end, *tensors)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     function = _Discrete if problem.gradient == "discrete" else _Adjoint
@@ -87,17 +79,11 @@ def _settings(problem: Problem, extras: bool = True) -> tuple[str, list[int], li
     if extras and problem.probe is not None:
         divergence = PROBES
     elif extras:
-        gated = field.layers[-1].parts().gate_weight is not None
-        closed = len(field.hidden) in HIDDEN_LAYERS and "jacobian" not in problem.regularizers
-        # With times of their own, samples would need a matrix of their own as well.
-        closed = closed and not (problem.per_sample and gated)
-        divergence = CLOSED_FORM if closed else UNIT_VECTORS
-    kind = [
-        PLACES[field.activation.name],
-        0 if field.time == "t" else field.time[1],
-        divergence,
-        *(int(extras and name in problem.regularizers) for name in REGULARIZERS),
-    ]
+        # The closed form has the trace of the Jacobian alone, and so no norm of it.
+        norm = "jacobian" in problem.regularizers
+        divergence = UNIT_VECTORS if norm else exact_divergence(field, problem.per_sample)
+    rows = (extras and name in problem.regularizers for name in REGULARIZERS)
+    kind = kind_of(field, divergence, *rows)
     weights = [problem.regularizers.get(name, 0.0) * problem.direction for name in REGULARIZERS]
     return problem.tableau.name, kind, [problem.sign, *weights]
 

@@ -55,7 +55,7 @@ def solve(
         tape: Tape = []
         run(dynamics, x, context, tape, beginning)
         before = dynamics.evaluations
-        outputs = replay(dynamics, tape, x, context, shifts_of(start, end))
+        outputs = replay(dynamics, tape, x, context, _shifts(start, end))
         problem.stats.nfe_forward += dynamics.evaluations - before
         return outputs
     function = _Discrete if problem.gradient == "discrete" else _Adjoint
@@ -135,7 +135,7 @@ def replay(
     return tuple(state)
 
 
-def shifts_of(start: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def _shifts(start: Tensor | None, end: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Zeros that move with the ends of the interval, in f64; None where neither end does."""
     if start is None and end is None:
         return None
@@ -201,7 +201,7 @@ def replayed_gradient(
         cotangents: Of z and the extras.
     """
     x, context, start, end, *_ = inputs
-    outputs = replay(dynamics, tape, x, context, shifts_of(start, end))
+    outputs = replay(dynamics, tape, x, context, _shifts(start, end))
     pairs = [(o, c) for o, c in zip(outputs, cotangents) if c is not None and o.requires_grad]
     found = iter(
         torch.autograd.grad(

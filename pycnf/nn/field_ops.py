@@ -70,9 +70,16 @@ def field_arguments(
     offset = None
     if context is not None:
         offset = field.layers[0].with_context(None, context).expand(z.shape[0], -1)
+    tensors = [tensor for layer in field.layers for tensor in layer.parts()]
+    return offset, tensors, kind_of(field, divergence)
+
+
+def kind_of(
+    field: MLP, divergence: int, kinetic: bool = False, jacobian: bool = False
+) -> list[int]:
+    """The ops' `kind`."""
     time_features = 0 if field.time == "t" else field.time[1]
-    kind = [PLACES[field.activation.name], time_features, divergence, 0, 0]
-    return offset, [tensor for layer in field.layers for tensor in layer.parts()], kind
+    return [PLACES[field.activation.name], time_features, divergence, int(kinetic), int(jacobian)]
 
 
 def exact_divergence(field: MLP, own_times: bool) -> int:

@@ -36,9 +36,7 @@ def mlp_value(field: MLP, t: Tensor | float, z: Tensor, context: Tensor | None =
     _check_field(field)
     if not serves(field, t, z, context):
         return field(t, z, context)
-    t = time_of(t, z)
-    offset, parameters, kind = field_arguments(field, z, context)
-    _check_time(t, z)
+    t, offset, parameters, kind = _arguments(field, t, z, context)
     keep = keeps(t, z, offset, *parameters)
     return _ops.mlp_value(t, z, offset, parameters, kind, keep)[0]
 
@@ -66,9 +64,7 @@ def mlp_value_jvp(
     _check_columns("tangents", tangents, z)
     if not serves(field, t, z, tangents, context):
         return push_forward(field.affines(t, z, context), field.activation, z, tangents)
-    t = time_of(t, z)
-    offset, parameters, kind = field_arguments(field, z, context)
-    _check_time(t, z)
+    t, offset, parameters, kind = _arguments(field, t, z, context)
     keep = keeps(t, z, tangents, offset, *parameters)
     value, images, _ = _ops.mlp_value_jvp(t, z, tangents, offset, parameters, kind, keep)
     return value, images
@@ -97,9 +93,7 @@ def mlp_vjp(
     _check_columns("cotangents", cotangents, z)
     if not serves(field, t, z, cotangents, context):
         return value_and_products(field, t, z, cotangents, context)
-    t = time_of(t, z)
-    offset, parameters, kind = field_arguments(field, z, context)
-    _check_time(t, z)
+    t, offset, parameters, kind = _arguments(field, t, z, context)
     return _ops.mlp_vjp(t, z, cotangents, offset, parameters, kind)
 
 
@@ -167,6 +161,16 @@ def _check_field(field: MLP) -> None:
             f"field: got a {type(field).__name__}, expected an MLP without hooks and without a "
             "forward of its own"
         )
+
+
+def _arguments(
+    field: MLP, t: Tensor | float, z: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor | None, list[Tensor | None], list[int]]:
+    """The ops' `t`, `context`, `parameters` and `kind`."""
+    t = time_of(t, z)
+    arguments = field_arguments(field, z, context)
+    _check_time(t, z)
+    return t, *arguments
 
 
 def _check_time(t: Tensor, z: Tensor) -> None:
