@@ -26,6 +26,7 @@ enum class Activation : int {
 };
 constexpr int kActivations = 10;
 
+// Rows of outputs are whole vectors, filled up with zeros.
 template <typename T>
 struct MlpLayer {
   int64_t in;
@@ -33,10 +34,9 @@ struct MlpLayer {
   const T* weight;  // [out, in], rows `weight_stride` apart
   int64_t weight_stride;
   const T* bias;          // [out] or null
-  const T* gate_weight;   // [out, F] or null: no gate
-  const T* gate_bias;     // [out]
-  const T* shift_weight;  // [out, F], rows `shift_stride` apart, or null: no shift
-  int64_t shift_stride;
+  const T* gate_weight;   // [F, out] or null: no gate
+  const T* gate_bias;     // [out] or null
+  const T* shift_weight;  // [F, out] or null: no shift
 };
 
 template <typename T>

@@ -274,10 +274,7 @@ void add_shared_time_gradients(const MlpLayer<T>& layer, const TimedLayer<T>& at
     const Vec<T> s = load(at.gate, o);
     *vectors_at(gradient.bias, o) += s * shift_bar;
     if (layer.gate_weight != nullptr) {
-      Vec<T> b = {};
-      for (int i = 0; layer.bias != nullptr && i < kLanes<T> && o + i < layer.out; ++i) {
-        b[i] = layer.bias[o + i];
-      }
+      const Vec<T> b = layer.bias != nullptr ? load(layer.bias, o) : splat(T(0));
       const Vec<T> bar = (product_bar + b * shift_bar) * (s * (T(1) - s));
       *vectors_at(gradient.gate_bias, o) += bar;
       for (int64_t f = 0; f < time_features; ++f) {

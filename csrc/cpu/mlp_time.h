@@ -10,55 +10,63 @@ int64_t timed_numbers(const MlpSolve<T>& solve) {
   return 4 * outputs * (solve.own_times ? solve.vectors * kLanes<T> : 1);
 }
 
+// One layer at a time, or at a time of each sample: see `time_layers`.
+template <bool kOwn, typename T>
+PYCNF_HD TimedLayer<T> time_layer(const MlpLayer<T>& layer, int64_t features, int64_t vectors,
+                                  const T* tau, const T* rate, T* numbers) {
+  const int64_t outputs = padded<T>(layer.out), width = outputs * (kOwn ? vectors * kLanes<T> : 1);
+  T* const gate = numbers;
+  T* const shift = gate + width;
+  T* const gate_rate = shift + width;
+  T* const shift_rate = gate_rate + width;
+  // A vector has the times of some samples, or else some outputs.
+  for (int64_t o = 0; o < outputs; o += kOwn ? 1 : kLanes<T>) {
+    for (int64_t v = 0; v < (kOwn ? vectors : 1); ++v) {
+      const auto of_output = [&](const T* row) {
+        if constexpr (kOwn) {
+          return splat(row[o]);
+        } else {
+          return load(row, o);
+        }
+      };
+      const auto linear = [&](const T* weight, const T* bias, const T* times) {
+        Vec<T> sum = bias != nullptr ? of_output(bias) : splat(T(0));
+        for (int64_t f = 0; weight != nullptr && f < features; ++f) {
+          sum += of_output(weight + f * outputs) * timed<kOwn>(times, f, v, vectors);
+        }
+        return sum;
+      };
+      const int64_t place = kOwn ? (o * vectors + v) * kLanes<T> : o;
+      Vec<T> s = splat(T(1)), c = linear(layer.shift_weight, nullptr, tau);
+      if (layer.gate_weight != nullptr) {
+        s = sigmoid<T>(linear(layer.gate_weight, layer.gate_bias, tau));
+      }
+      if (layer.bias != nullptr) c += s * of_output(layer.bias);
+      *vectors_at(gate, place) = s;
+      *vectors_at(shift, place) = c;
+      if (rate == nullptr) continue;
+      *vectors_at(gate_rate, place) = linear(layer.gate_weight, nullptr, rate);
+      *vectors_at(shift_rate, place) = linear(layer.shift_weight, nullptr, rate);
+    }
+  }
+  return {gate, shift, rate != nullptr ? gate_rate : nullptr,
+          rate != nullptr ? shift_rate : nullptr};
+}
+
 // Fills `timed` and the numbers it points to. tau [F], or [F, samples]; `rate` is τ', or null where
 // no rates are wanted.
 template <typename T>
 void time_layers(const MlpSolve<T>& solve, const T* tau, const T* rate, T* numbers,
                  TimedLayer<T>* timed) {
   const Mlp<T>& field = solve.field;
-  const int64_t features = field.time_features;
-  const int64_t per = solve.own_times ? solve.vectors : 0;
   for (int l = 0; l < field.layers; ++l) {
     const auto& layer = field.layer[l];
-    const int64_t width = padded<T>(layer.out) * (per > 0 ? per * kLanes<T> : 1);
-    T* rows[4];
-    for (int i = 0; i < 4; ++i, numbers += width) rows[i] = numbers;
-    // Σ_f weight[o, f] times[f], for all outputs (and samples); weight rows `stride` apart.
-    const auto linear = [&](const T* weight, int64_t stride, const T* bias, const T* times,
-                            T* result) {
-      for (int64_t o = 0; o < padded<T>(layer.out); ++o) {
-        const bool real = o < layer.out && weight != nullptr;
-        const T start = real && bias != nullptr ? bias[o] : T(0);
-        for (int64_t v = 0; v < per; ++v) {
-          Vec<T> sum = splat(start);
-          for (int64_t f = 0; real && f < features; ++f) {
-            sum += load(times, (f * per + v) * kLanes<T>) * weight[o * stride + f];
-          }
-          *vectors_at(result, (o * per + v) * kLanes<T>) = sum;
-        }
-        if (per > 0) continue;
-        T sum = start;
-        for (int64_t f = 0; real && f < features; ++f) sum += weight[o * stride + f] * times[f];
-        result[o] = sum;
-      }
-    };
-    linear(layer.gate_weight, features, layer.gate_bias, tau, rows[0]);
-    linear(layer.shift_weight, layer.shift_stride, nullptr, tau, rows[1]);
-    if (rate != nullptr) {
-      linear(layer.gate_weight, features, nullptr, rate, rows[2]);
-      linear(layer.shift_weight, layer.shift_stride, nullptr, rate, rows[3]);
+    if (solve.own_times) {
+      timed[l] = time_layer<true>(layer, field.time_features, solve.vectors, tau, rate, numbers);
+      numbers += 4 * padded<T>(layer.out) * solve.vectors * kLanes<T>;
+    } else {
+      timed[l] = time_layer<false>(layer, field.time_features, 1, tau, rate, numbers);
+      numbers += 4 * padded<T>(layer.out);
     }
-    for (int64_t i = 0; i < width; i += kLanes<T>) {
-      Vec<T>* gate = vectors_at(rows[0], i);
-      *gate = layer.gate_weight != nullptr ? sigmoid<T>(*gate) : splat(T(1));
-    }
-    const int64_t numbers_of_output = per > 0 ? per * kLanes<T> : 1;
-    for (int64_t o = 0; o < layer.out && layer.bias != nullptr; ++o) {
-      for (int64_t i = o * numbers_of_output; i < (o + 1) * numbers_of_output; ++i) {
-        rows[1][i] += rows[0][i] * layer.bias[o];
-      }
-    }
-    timed[l] = {rows[0], rows[1], rate != nullptr ? rows[2] : nullptr,
-                rate != nullptr ? rows[3] : nullptr};
   }
 }

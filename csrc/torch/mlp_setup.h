@@ -103,14 +103,7 @@ class MlpSetup {
     if (tile_samples > 0) {
       solve.vectors = tile_samples / table.lanes;
     } else if (!own_times) {
-      // Wider tiles pass over the weights, and the sums of their gradients, less often: up to four
-      // times as wide, while every thread has four of them (or, where the tiles of another call must
-      // be the same whatever the threads, there are eight).
-      const int64_t wanted = solving ? 4 * at::get_num_threads() : 8;
-      const int64_t widest = 4 * solve.vectors;
-      while (solve.vectors < widest && batch >= wanted * 2 * solve.vectors * table.lanes) {
-        solve.vectors *= 2;
-      }
+      solve.vectors = widest_tile(solve.vectors, solving);
     }
     samples = solve.vectors * table.lanes;
     tiles = (batch + samples - 1) / samples;
@@ -276,6 +269,24 @@ class MlpSetup {
   bool every_stage_mixed = false;
 
  private:
+  // Vectors of a tile, from `least` to four times as many: wider tiles pass over the weights, and
+  // the sums of their gradients, less often. The thread with the most tiles must not get more
+  // samples by it; where tiles must be the same whatever the threads, eight of them must be left.
+  int64_t widest_tile(int64_t least, bool solving) const {
+    const auto fits = [&](int64_t vectors) {
+      if (!solving) return batch >= 8 * vectors * table.lanes;
+      const int64_t threads = at::get_num_threads();
+      const auto share = [&](int64_t of) {
+        const int64_t count = (batch + of * table.lanes - 1) / (of * table.lanes);
+        return (count + threads - 1) / threads * of;
+      };
+      return 32 * share(vectors) <= 33 * share(least);
+    };
+    int64_t vectors = least;
+    while (vectors < 4 * least && fits(2 * vectors)) vectors *= 2;
+    return vectors;
+  }
+
   void mix_once() {
     const auto& last = solve.field.layer[solve.field.layers - 1];
     mix_is_constant = last.gate_weight == nullptr;
@@ -305,52 +316,47 @@ class MlpSetup {
     field.time_features = fourier > 0 ? fourier : 1;
     int64_t in = features;
     for (int64_t l = 0; l < layers; ++l) {
-      // Any views will do: what the kernels cannot walk over is copied.
-      const auto part = [&](int64_t i) -> std::optional<at::Tensor> {
-        std::optional<at::Tensor> found = parameters.get(l * kPerLayer + i);
-        const bool rows = i == 0 || i == 4;  // which may be strided
-        if (!found.has_value() || found->is_contiguous() ||
-            (rows && found->dim() == 2 && found->stride(1) == 1)) {
-          return found;
-        }
-        copies.push_back(found->contiguous());
-        return copies.back();
-      };
       auto& layer = field.layer[l];
-      const auto weight = part(0);
-      TORCH_CHECK(weight.has_value() && weight->dim() == 2 && weight->size(1) == in &&
-                      weight->scalar_type() == dtype(),
+      const std::optional<at::Tensor> given = parameters.get(l * kPerLayer);
+      TORCH_CHECK(given.has_value() && given->dim() == 2 && given->size(1) == in &&
+                      given->scalar_type() == dtype(),
                   "layer ", l, ": weight must be [out, ", in, "] of ", dtype());
+      // Rows may be apart; other views are copied.
+      at::Tensor weight = *given;
+      if (weight.stride(1) != 1) copies.push_back(weight = weight.contiguous());
       layer.in = in;
-      layer.out = weight->size(0);
-      layer.weight = values<T>(*weight);
-      layer.weight_stride = weight->stride(0);
-      layer.bias = vector_of(part(1), "bias", l, layer.out);
-      layer.gate_weight = vector_of(part(2), "gate_weight", l, layer.out * field.time_features);
-      layer.gate_bias = vector_of(part(3), "gate_bias", l, layer.out);
+      layer.out = weight.size(0);
+      layer.weight = values<T>(weight);
+      layer.weight_stride = weight.stride(0);
+      const auto rows = [&](int64_t i, const char* name, int64_t count) {
+        return rows_of_outputs(parameters.get(l * kPerLayer + i), name, l, layer.out, count);
+      };
+      layer.bias = rows(1, "bias", 1);
+      layer.gate_weight = rows(2, "gate_weight", field.time_features);
+      layer.gate_bias = rows(3, "gate_bias", 1);
       TORCH_CHECK(layer.gate_weight != nullptr || layer.gate_bias == nullptr, "layer ", l,
                   ": gate_bias must come with a gate_weight");
-      const auto shift = part(4);
-      if (shift.has_value()) {
-        TORCH_CHECK(shift->scalar_type() == dtype() &&
-                        shift->numel() == layer.out * field.time_features &&
-                        shift->size(0) == layer.out,
-                    "layer ", l, ": shift_weight must be [", layer.out, ", ", field.time_features,
-                    "] of ", dtype());
-        layer.shift_weight = values<T>(*shift);
-        layer.shift_stride = shift->stride(0);
-      }
+      layer.shift_weight = rows(4, "shift_weight", field.time_features);
       in = layer.out;
     }
     TORCH_CHECK(in == features, "the last layer must have ", features, " outputs, got ", in);
   }
 
-  const T* vector_of(const std::optional<at::Tensor>& x, const char* name, int64_t layer,
-                     int64_t size) const {
+  // A parameter [out, count], or [out], as padded rows [count, out].
+  const T* rows_of_outputs(const std::optional<at::Tensor>& x, const char* name, int64_t layer,
+                           int64_t out, int64_t count) {
     if (!x.has_value()) return nullptr;
-    TORCH_CHECK(x->numel() == size && x->scalar_type() == dtype(), "layer ", layer, ": ", name,
-                " must be ", size, " numbers of ", dtype());
-    return values<T>(*x);
+    TORCH_CHECK(x->dim() > 0 && x->size(0) == out && x->numel() == out * count &&
+                    x->scalar_type() == dtype(),
+                "layer ", layer, ": ", name, " must be [", out, ", ", count, "] of ", dtype());
+    const int64_t width = padded(out), row = x->stride(0);
+    const int64_t column = x->dim() > 1 ? x->stride(1) : 1;
+    T* const rows = aligned(padded_rows.emplace_back(count * width + kAlign<T>).data());
+    const T* from = values<T>(*x);
+    for (int64_t f = 0; f < count; ++f) {
+      for (int64_t o = 0; o < out; ++o) rows[f * width + o] = from[o * row + f * column];
+    }
+    return rows;
   }
 
   void read_divergence(const MlpArguments& arguments) {
@@ -449,7 +455,8 @@ class MlpSetup {
     solve.probe_stride = unit ? 0 : features * tangents * samples;
   }
 
-  std::vector<at::Tensor> copies;  // of parameters
+  std::vector<at::Tensor> copies;           // of weights
+  std::vector<std::vector<T>> padded_rows;  // of other parameters
   at::Tensor constant_memory;
   T* constant_mix = nullptr;
   at::Tensor probe_tiles;

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pycnf._ops import probe_keys, probe_sample
 from pycnf.nn.divergence import VectorField
 from pycnf.nn.fusion import why_not_fused
+from pycnf.nn.mlp import MLP
 from pycnf.odeint.tableau import TABLEAUX, Tableau
 
 from .control import AdaptiveControl, FixedControl
@@ -132,6 +133,7 @@ class CNF(nn.Module):
         self.regularizers = dict(regularizers or {})
         self.keep_bytes = 1 << 28
         self._check()
+        self._takes_fused()
         if base is None:
             base = StandardNormal(_features_of(field))
             like = _tensor_of(field)
@@ -282,14 +284,14 @@ class CNF(nn.Module):
     def explain(self) -> str:
         """One sentence: which engine runs this flow, and why."""
         self._check()
-        why = self._why_not_fused()
-        if self.engine != "generic" and why is None:
+        if self._takes_fused():
             return (
                 "The fused engine (a whole solve in one call into compiled code): the field is an "
                 f"MLP that it knows, on the CPU in {self.field.dtype}."
             )
-        if self.engine == "generic":
-            why = "engine='generic' was asked for"
+        why = "engine='generic' was asked for"
+        if self.engine != "generic":
+            why = self._why_not_fused()
         return f"The generic engine (compiled Runge-Kutta steps around the field's code): {why}."
 
     def extra_repr(self) -> str:
@@ -350,11 +352,16 @@ class CNF(nn.Module):
                 )
             if not isinstance(weight, Real) or not math.isfinite(weight):
                 raise ValueError(f"regularizers: got {weight!r} for {name!r}, expected a weight")
-        if self.engine == "fused":
-            why = self._why_not_fused()
-            if why is not None:
-                raise ValueError(f"engine: got 'fused', but {why}")
         self._control()
+
+    def _takes_fused(self) -> bool:
+        """Whether the fused engine runs this flow; ValueError where it is asked for and cannot."""
+        if self.engine == "generic":
+            return False
+        why = self._why_not_fused()
+        if why is not None and self.engine == "fused":
+            raise ValueError(f"engine: got 'fused', but {why}")
+        return why is None
 
     def _why_not_fused(self) -> str | None:
         """One sentence saying what keeps the fused engine from running this flow, or None."""
@@ -419,10 +426,9 @@ class CNF(nn.Module):
         if x.dim() != 2 or x.shape[1] == 0 or (features is not None and x.shape[1] != features):
             expected = f"[B, {features or 'D'}]"
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
-        like = _tensor_of(self.field)
-        expected_dtype = x.dtype if like is None else like.dtype
-        if not x.is_floating_point() or x.dtype != expected_dtype:
-            expected = "a floating dtype" if like is None else f"the field's {like.dtype}"
+        dtype = _dtype_of(self.field)
+        if not x.is_floating_point() or (dtype is not None and x.dtype != dtype):
+            expected = "a floating dtype" if dtype is None else f"the field's {dtype}"
             raise TypeError(f"{name}: got {x.dtype}, expected {expected}")
         if context is not None:
             if not isinstance(context, Tensor):
@@ -513,7 +519,7 @@ class CNF(nn.Module):
             if problem.per_sample and not self._times_checked and x.shape[0]:
                 check_time_per_sample(problem, x, context)
                 self._times_checked = True
-            if self.engine != "generic" and self._why_not_fused() is None:
+            if self._takes_fused():
                 return solve_fused(problem, x, context, start, end)
             if not torch.is_inference_mode_enabled():
                 return solve(problem, x, context, start, end)
@@ -608,6 +614,14 @@ def _features_of(field: VectorField) -> int | None:
     """The field's own D, if it says one; `features` may be anything in a user's module."""
     features = getattr(field, "features", None)
     return features if isinstance(features, int) else None
+
+
+def _dtype_of(field: VectorField) -> torch.dtype | None:
+    """The field's dtype; None for a callable that has no parameters."""
+    if isinstance(field, MLP):
+        return field.dtype
+    like = _tensor_of(field)
+    return None if like is None else like.dtype
 
 
 def _tensor_of(field: VectorField) -> Tensor | None:

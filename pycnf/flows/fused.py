@@ -1,6 +1,5 @@
 """The fused engine: a whole solve, and the gradient of a solve, in one call into compiled code."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,7 +112,19 @@ class _Tape:
     parts: list[Any]
 
 
-class _Discrete(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    """A function that is applied without torch's binding of arguments by name, which takes as long
+    as the rest of a call. Transforms of `torch.func` need it.
+    """
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)
+        return super(torch.autograd.Function, cls).apply(*arguments)
+
+
+class _Discrete(_Function):
     """The solve and the exact gradient of the numbers that were computed.
 
     Saved are the parameters, so that a change in place between forward and backward is an error and
@@ -156,7 +167,7 @@ class _Discrete(torch.autograd.Function):
             times, _, kept = ctx.tape.parts
             again = sum(block.numel() == 0 for block in kept[1:])
             # The memory goes; another backward computes the stages again.
-            ctx.tape.parts[2] = [block.new_empty(0) for block in kept]
+            ctx.tape.parts[2] = [x.new_empty(0)] * len(kept)
             if any(needs_ends):
                 moves = [(step.t_slope, step.h_slope) for step in _steps(problem, times)]
                 ends_bar = (times_bar.unsqueeze(-1) * times_bar.new_tensor(moves)).sum((0, 1))
@@ -172,7 +183,7 @@ class _Discrete(torch.autograd.Function):
         )
 
 
-class _Adjoint(torch.autograd.Function):
+class _Adjoint(_Function):
     """The solve, and its gradient by the adjoint differential equation; see `flows.adjoint`."""
 
     @staticmethod
@@ -224,11 +235,6 @@ class _Adjoint(torch.autograd.Function):
             *ends_bar,
             *(None if p is None else bar for p, bar in zip(tensors, bars)),
         )
-
-
-for _function in (_Discrete, _Adjoint):
-    # torch binds the arguments of every call to it, and would read it from the code every time.
-    _function.forward.__signature__ = inspect.signature(_function.forward)
 
 
 def _run(

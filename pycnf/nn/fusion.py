@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .divergence import VectorField, has_forward_mode
+from .divergence import VectorField
 from .layers import LAYERS, TimeLayer
 from .layouts import NotRecognised, a_named, candidates_of, frequencies_of, hooked, is_linear
 from .mlp import MLP
@@ -39,7 +39,7 @@ def why_not_fused(field: VectorField) -> str | None:
             f"the field is a {type(field).__name__}, not a pycnf.nn.MLP (pycnf.nn.fuse makes one "
             "of a module that computes the same)"
         )
-    if not has_forward_mode(field) or hooked(field) is not None:
+    if type(field).forward is not MLP.forward or hooked(field) is not None:
         return "the field is an MLP with hooks or with a forward of its own"
     for layer in field.layers:
         if type(layer).parts is TimeLayer.parts:

@@ -146,8 +146,8 @@ class TimeLayer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         # In replicas (nn.DataParallel) the parameters are plain tensors.
-        parts = self.parts()
-        return next(self.parameters()).dtype if parts is None else parts.weight.dtype
+        weight = getattr(self, "weight", None)
+        return next(self.parameters()).dtype if weight is None else weight.dtype
 
     def parts(self) -> Parts | None:
         """The layer's tensors as they are now; None where its weights depend on time."""
@@ -261,7 +261,9 @@ class ConcatSquash(Squash):
         self.shift_weight = self._make_of_time()
 
     def parts(self) -> Parts:
-        return super().parts()._replace(shift_weight=self.shift_weight)
+        return Parts(
+            self.weight, self.bias, self.gate_weight, self.gate_bias, self.shift_weight
+        )
 
 
 class Given(TimeLayer):

@@ -66,6 +66,10 @@ class Linked(TimeLayer):
         self.in_features = linear.weight.shape[1] - self.time_width - context
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.linear.weight.dtype
+
+    @property
     def context_weight(self) -> Tensor:
         return self.linear.weight[:, self.time_width + self.in_features :]
 
@@ -126,9 +130,12 @@ def candidates_of(module: nn.Module, time: str | None = None) -> list[MLP]:
 
 def hooked(module: nn.Module) -> str | None:
     """The name of a submodule with hooks; "" for the module itself, None for none."""
-    for name, part in module.named_modules():
-        if any(getattr(part, hooks) for hooks in HOOKS):
-            return name
+    if any(getattr(module, hooks) for hooks in HOOKS):
+        return ""
+    for name, part in module._modules.items():
+        found = None if part is None else hooked(part)
+        if found is not None:
+            return f"{name}.{found}" if found else name
     return None
 
 
