@@ -261,9 +261,7 @@ class ConcatSquash(Squash):
         self.shift_weight = self._make_of_time()
 
     def parts(self) -> Parts:
-        return Parts(
-            self.weight, self.bias, self.gate_weight, self.gate_bias, self.shift_weight
-        )
+        return Parts(self.weight, self.bias, self.gate_weight, self.gate_bias, self.shift_weight)
 
 
 class Given(TimeLayer):
