@@ -69,12 +69,16 @@ class GradientSums {
       : setup_(setup),
         layout_(setup),
         sets_(sets),
-        memory_(at::zeros({setup.chunks * sets * layout_.numbers + kAlign<T>}, setup.options)),
+        memory_(at::empty({setup.chunks * sets * layout_.numbers + kAlign<T>}, setup.options)),
         layers_(setup.chunks * sets) {
     for (int64_t i = 0; i < int64_t(layers_.size()); ++i) {
       layout_.pointers(numbers(0, 0) + i * layout_.numbers, layers_[i].data(),
                        setup.solve.field.layers);
     }
+    // Each thread its own, which are then in its cache.
+    setup.for_each_chunk([&](int64_t chunk) {
+      for (int set = 0; set < sets; ++set) clear(chunk, set);
+    });
   }
 
   const LayerGradient<T>* layers(int64_t chunk, int set) const {
