@@ -365,17 +365,18 @@ class CNF(nn.Module):
 
     def _why_not_fused(self) -> str | None:
         """One sentence saying what keeps the fused engine from running this flow, or None."""
-        why = why_not_fused(self.field)
+        field = self.field
+        why = why_not_fused(field)
         if why is not None:
             return why
         if self.gradient == "autograd":
             return "gradient='autograd' goes through the operations of the generic engine"
-        if self.gradient == "continuous" and self.field.context and self.steps == "shared":
+        if self.gradient == "continuous" and field.context and self.steps == "shared":
             return (
                 "gradient='continuous' has the gradient of the context in its error norm, which "
                 "the fused engine does not compute while it solves; 'seminorm' has not"
             )
-        like = self.field.layers[0].parts().weight
+        like = field.like
         if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
             return (
                 "it runs float32 and float64 on the CPU, and the field is "
@@ -426,9 +427,10 @@ class CNF(nn.Module):
         if x.dim() != 2 or x.shape[1] == 0 or (features is not None and x.shape[1] != features):
             expected = f"[B, {features or 'D'}]"
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {expected}")
-        dtype = _dtype_of(self.field)
-        if not x.is_floating_point() or (dtype is not None and x.dtype != dtype):
-            expected = "a floating dtype" if dtype is None else f"the field's {dtype}"
+        like = _tensor_of(self.field)
+        expected_dtype = x.dtype if like is None else like.dtype
+        if not x.is_floating_point() or x.dtype != expected_dtype:
+            expected = "a floating dtype" if like is None else f"the field's {like.dtype}"
             raise TypeError(f"{name}: got {x.dtype}, expected {expected}")
         if context is not None:
             if not isinstance(context, Tensor):
@@ -616,16 +618,10 @@ def _features_of(field: VectorField) -> int | None:
     return features if isinstance(features, int) else None
 
 
-def _dtype_of(field: VectorField) -> torch.dtype | None:
-    """The field's dtype; None for a callable that has no parameters."""
-    if isinstance(field, MLP):
-        return field.dtype
-    like = _tensor_of(field)
-    return None if like is None else like.dtype
-
-
 def _tensor_of(field: VectorField) -> Tensor | None:
     """A tensor with the field's dtype and device; None for a callable that has no parameters."""
+    if isinstance(field, MLP):
+        return field.like
     if isinstance(field, nn.Module):
         for parameter in field.parameters():
             if parameter.is_floating_point():

@@ -62,9 +62,11 @@ def solve_fused(
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     function = _Discrete if problem.gradient == "discrete" else _Adjoint
     z, *extras = function.apply(problem, _Tape() if needed else None, *inputs)
+    if len(extras) <= 1:
+        return z, *extras
     # Compiled code has the regularizers in an order of its own.
     made = dict(zip(_rows(problem), extras[1:]))
-    return z, *extras[:1], *(made[name] for name in problem.regularizers if problem.divergence)
+    return z, extras[0], *(made[name] for name in problem.regularizers)
 
 
 def _rows(problem: Problem) -> list[str]:
@@ -139,7 +141,7 @@ class _Discrete(_Function):
         z, extras, made = _run(problem, budget if tape is not None else -1, x, offset, tensors)
         if tape is not None:
             tape.parts = made
-        return z, *(extra.clone() for extra in extras)
+        return z, *torch.unbind_copy(extras)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -189,7 +191,7 @@ class _Adjoint(_Function):
     @staticmethod
     def forward(problem: Problem, tape: _Tape | None, x, offset, start, end, *tensors):
         z, extras, _ = _run(problem, -1, x, offset, tensors)
-        return z, *(extra.clone() for extra in extras)
+        return z, *torch.unbind_copy(extras)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -144,10 +144,9 @@ class TimeLayer(nn.Module):
         raise NotImplementedError
 
     @property
-    def dtype(self) -> torch.dtype:
-        # In replicas (nn.DataParallel) the parameters are plain tensors.
-        weight = getattr(self, "weight", None)
-        return next(self.parameters()).dtype if weight is None else weight.dtype
+    def like(self) -> Tensor:
+        """A tensor with the layer's dtype and device."""
+        return self.weight
 
     def parts(self) -> Parts | None:
         """The layer's tensors as they are now; None where its weights depend on time."""
@@ -289,8 +288,8 @@ class Given(TimeLayer):
         self.context_weight = context_weight
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.given.weight.dtype
+    def like(self) -> Tensor:
+        return self.given.weight
 
     def parts(self) -> Parts:
         return self.given
@@ -307,6 +306,10 @@ class Blend(TimeLayer):
     def make_parameters(self) -> None:
         self.start = nn.Linear(self.in_features, self.out_features)
         self.end = nn.Linear(self.in_features, self.out_features)
+
+    @property
+    def like(self) -> Tensor:
+        return self.start.weight
 
     def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
         # With a t per sample this is a weight matrix per sample, [B, out, in].
@@ -326,6 +329,10 @@ class Hyper(TimeLayer):
             nn.Tanh(),
             nn.Linear(HYPER_WIDTH, (self.in_features + 1) * self.out_features),
         )
+
+    @property
+    def like(self) -> Tensor:
+        return self.net[0].weight
 
     def affine(self, tau: Tensor, context: Tensor | None) -> Affine:
         made = self.net(tau if tau.dim() else tau.unsqueeze(0))

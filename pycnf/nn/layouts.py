@@ -25,7 +25,6 @@ ACTIVATION_MODULES: dict[type[nn.Module], tuple[str, dict[str, Any]]] = {
     nn.ReLU: ("relu", {}),
     nn.GELU: ("gelu", {"approximate": "none"}),
 }
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class NotRecognised(Exception):
@@ -66,8 +65,8 @@ class Linked(TimeLayer):
         self.in_features = linear.weight.shape[1] - self.time_width - context
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.linear.weight.dtype
+    def like(self) -> Tensor:
+        return self.linear.weight
 
     @property
     def context_weight(self) -> Tensor:
@@ -130,7 +129,12 @@ def candidates_of(module: nn.Module, time: str | None = None) -> list[MLP]:
 
 def hooked(module: nn.Module) -> str | None:
     """The name of a submodule with hooks; "" for the module itself, None for none."""
-    if any(getattr(module, hooks) for hooks in HOOKS):
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
         return ""
     for name, part in module._modules.items():
         found = None if part is None else hooked(part)

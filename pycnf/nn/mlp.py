@@ -131,8 +131,13 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     @property
+    def like(self) -> Tensor:
+        """A tensor with the field's dtype and device."""
+        return next(iter(self.layers)).like
+
+    @property
     def dtype(self) -> torch.dtype:
-        return self.layers[0].dtype
+        return self.like.dtype
 
     def forward(self, t: Tensor | float, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The vector field at a time.
