@@ -114,6 +114,7 @@ void reverse_step(const MlpSolve<T>& solve, const MlpReverseStep<T>& step, int64
   Vec<T>* stage_bar = workspace.take(numbers);
   Vec<T>* rates_bar = workspace.take(extras);
   for (int i = used - 1; i >= 0; --i) {
+    if (i > 0) prefetch_last(solve.field, shapes[i - 1], evaluations[i - 1].products);
     for (int64_t r = 0; r < extras; ++r) rates_bar[r] = extras_bar[r] * h.times(tableau.b[i], r);
     const auto bars = cotangents_of(solve, k_bar.row[i], rates_bar);
     sums.mixed_bar = step.mixed_bar[i];

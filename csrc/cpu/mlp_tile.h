@@ -95,6 +95,16 @@ PYCNF_HD void prefetch(const Vec<T>* x, int64_t count) {
   for (int64_t i = 0; i < count; i += kStep) __builtin_prefetch(x + i, 0, 2);
 }
 
+// What `reverse` needs first.
+template <typename T>
+PYCNF_HD void prefetch_last(const Mlp<T>& field, const TileShape& shape,
+                            const Products<T>& products) {
+  const int first = field.layers > 1 ? field.layers - 2 : 0;
+  for (int l = first; l < field.layers; ++l) {
+    prefetch<T>(products.layer[l], field.layer[l].out * (l == 0 ? shape.vectors : shape.columns()));
+  }
+}
+
 // ---- value and divergence -----------------------------------------------------------------------
 
 // A tile of the shape that most have, one vector and one tangent, with its loops unrolled.

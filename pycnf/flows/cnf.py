@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -132,7 +133,9 @@ class CNF(nn.Module):
         self.engine = engine
         self.regularizers = dict(regularizers or {})
         self.keep_bytes = 1 << 28
-        self._check()
+        self._checked = None
+        self._control()
+        self._times()
         self._takes_fused()
         if base is None:
             base = StandardNormal(_features_of(field))
@@ -257,7 +260,7 @@ class CNF(nn.Module):
         if not isinstance(times, Sequence | Tensor) or getattr(times, "ndim", 1) != 1:
             raise TypeError(f"times: got {times!r}, expected a sequence or a tensor [T]")
         wanted = [float(time) for time in times]
-        first, last = _value(self.t1), _value(self.t0)
+        last, first = self._times()
         for time in wanted:
             if not min(first, last) <= time <= max(first, last):
                 raise ValueError(
@@ -283,7 +286,8 @@ class CNF(nn.Module):
 
     def explain(self) -> str:
         """One sentence: which engine runs this flow, and why."""
-        self._check()
+        self._control()
+        self._times()
         if self._takes_fused():
             return (
                 "The fused engine (a whole solve in one call into compiled code): the field is an "
@@ -317,8 +321,33 @@ class CNF(nn.Module):
             raise TypeError(f"{name}: got {time!r}, expected a number or a 0-dim tensor")
         setattr(self, name, time)
 
+    def _times(self) -> tuple[float, float]:
+        """t0 and t1."""
+        t0, t1 = _value(self.t0), _value(self.t1)
+        if not (math.isfinite(t0) and math.isfinite(t1)) or t0 == t1:
+            raise ValueError(f"t0, t1: got {t0} and {t1}, expected two different times")
+        return t0, t1
+
+    def _control(self) -> AdaptiveControl | FixedControl:
+        """The control of this flow's steps.
+
+        Everything that can be set is checked here, where anything was since the last time.
+        """
+        settings = (
+            self.divergence, self.noise, self.probes, self.method, self.rtol, self.atol,
+            self.max_num_steps, self.gradient, self.steps, self.engine, self.keep_bytes,
+        )  # fmt: skip
+        mappings = (self.options, self.regularizers or {})
+        if self._checked is not None:
+            known_settings, known_mappings, control = self._checked
+            if all(map(operator.is_, settings, known_settings)) and mappings == known_mappings:
+                return control
+        self._check()
+        control = self._make_control()
+        self._checked = settings, tuple(map(dict, mappings)), control
+        return control
+
     def _check(self) -> None:
-        """Checks everything that can be set, so also what was changed after construction."""
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -342,9 +371,6 @@ class CNF(nn.Module):
                 "atol: got 0, expected a number above 0: the log-determinant starts at 0, where no "
                 "relative tolerance is met"
             )
-        t0, t1 = _value(self.t0), _value(self.t1)
-        if not (math.isfinite(t0) and math.isfinite(t1)) or t0 == t1:
-            raise ValueError(f"t0, t1: got {t0} and {t1}, expected two different times")
         for name, weight in (self.regularizers or {}).items():
             if name not in REGULARIZERS:
                 raise ValueError(
@@ -352,7 +378,6 @@ class CNF(nn.Module):
                 )
             if not isinstance(weight, Real) or not math.isfinite(weight):
                 raise ValueError(f"regularizers: got {weight!r} for {name!r}, expected a weight")
-        self._control()
 
     def _takes_fused(self) -> bool:
         """Whether the fused engine runs this flow; ValueError where it is asked for and cannot."""
@@ -384,7 +409,7 @@ class CNF(nn.Module):
             )
         return None
 
-    def _control(self) -> AdaptiveControl | FixedControl:
+    def _make_control(self) -> AdaptiveControl | FixedControl:
         tableau = TABLEAUX[self.method]
         known = ADAPTIVE_OPTIONS if tableau.adaptive else FIXED_OPTIONS
         for name in self.options:
@@ -459,12 +484,14 @@ class CNF(nn.Module):
         x, context = self._check_input(x, context, "z" if inverse else "x")
         if divergence:
             probe = self._probe(x, probe, seed, keys)
-        start, end = (self.t0, self.t1) if inverse else (self.t1, self.t0)
+        t0, t1 = self._times()
         stats = SolveStats()
-        problem = self._problem(
-            _value(start), _value(end), probe, -1.0 if inverse else 1.0, stats, divergence
-        )
-        z, *extras = self._solve(problem, x, context, start, end)
+        if inverse:
+            problem = self._problem(t0, t1, probe, -1.0, stats, divergence)
+            z, *extras = self._solve(problem, x, context, self.t0, self.t1)
+        else:
+            problem = self._problem(t1, t0, probe, 1.0, stats, divergence)
+            z, *extras = self._solve(problem, x, context, self.t1, self.t0)
         stats.regularizers = dict(zip(problem.regularizers, extras[1:]))
         self.stats = stats
         return z, tuple(extras)
@@ -478,12 +505,12 @@ class CNF(nn.Module):
         stats: SolveStats,
         divergence: bool,
     ) -> Problem:
-        self._check()
+        control = self._control()
         tableau: Tableau = TABLEAUX[self.method]
         return Problem(
             field=self.field,
             tableau=tableau,
-            control=self._control(),
+            control=control,
             start=start,
             end=end,
             divergence=divergence,
@@ -516,21 +543,23 @@ class CNF(nn.Module):
             time if isinstance(time, Tensor) and time.requires_grad else None
             for time in (start, end)
         )
-        # f32 means f32: autocast would compute the field in half precision behind error control.
-        with torch.autocast(x.device.type, enabled=False):
-            if problem.per_sample and not self._times_checked and x.shape[0]:
-                check_time_per_sample(problem, x, context)
-                self._times_checked = True
-            if self._takes_fused():
-                return solve_fused(problem, x, context, start, end)
-            if not torch.is_inference_mode_enabled():
-                return solve(problem, x, context, start, end)
-            # A divergence by vector-Jacobian products needs a graph, which inference mode refuses.
-            with torch.inference_mode(False), torch.no_grad():
-                if problem.probe is not None:
-                    problem.probe = problem.probe.clone()
-                context = None if context is None else context.clone()
-                return solve(problem, x.clone(), context)
+        if torch.is_autocast_enabled(x.device.type):
+            # f32 means f32: this would compute the field in half precision behind error control.
+            with torch.autocast(x.device.type, enabled=False):
+                return self._solve_now(problem, x, context, start, end)
+        if problem.per_sample and not self._times_checked and x.shape[0]:
+            check_time_per_sample(problem, x, context)
+            self._times_checked = True
+        if self._takes_fused():
+            return solve_fused(problem, x, context, start, end)
+        if not torch.is_inference_mode_enabled():
+            return solve(problem, x, context, start, end)
+        # A divergence by vector-Jacobian products needs a graph, which inference mode refuses.
+        with torch.inference_mode(False), torch.no_grad():
+            if problem.probe is not None:
+                problem.probe = problem.probe.clone()
+            context = None if context is None else context.clone()
+            return solve(problem, x.clone(), context)
 
     def _probe(
         self, x: Tensor, probe: Tensor | None, seed: int | None, keys: Tensor | None

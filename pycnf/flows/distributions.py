@@ -25,7 +25,7 @@ class StandardNormal(nn.Module):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of every row of z [B, D]: [B]."""
-        return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
+        return torch.rsub(z.square().sum(-1), -0.5 * z.shape[-1] * math.log(2 * math.pi), alpha=0.5)
 
     def sample(self, shape: tuple[int, ...] = ()) -> Tensor:
         """Draws from torch's generator: [*shape, D].

@@ -112,6 +112,7 @@ class _Tape:
     """What a solve leaves for its gradient: the ops' tape, once there is one."""
 
     parts: list[Any]
+    settings: tuple[str, list[int], list[float]]
 
 
 class _Function(torch.autograd.Function):
@@ -140,7 +141,7 @@ class _Discrete(_Function):
         budget = problem.keep_bytes if start is None and end is None else 0
         z, extras, made = _run(problem, budget if tape is not None else -1, x, offset, tensors)
         if tape is not None:
-            tape.parts = made
+            tape.parts, tape.settings = made, _settings(problem)
         return z, *torch.unbind_copy(extras)
 
     @staticmethod
@@ -159,7 +160,7 @@ class _Discrete(_Function):
         needs_ends = ctx.needs_input_grad[4:6]
         arguments = (
             zbar, torch.stack(extrabars) if extrabars else None, problem.probe, offset, tensors,
-            *_settings(problem), *ctx.tape.parts, any(needs_ends),
+            *ctx.tape.settings, *ctx.tape.parts, any(needs_ends),
         )  # fmt: skip
         if problem.per_sample:
             x_bar, offset_bar, bars, ends_bar = mlp_samples_backward(*arguments)
