@@ -1,6 +1,8 @@
 // The fused engine's kernels. Compiled once per instruction set, like kernels_isa.cpp, but with
 // products and sums fused: nothing here has to round as another program does.
 
+#include <type_traits>
+
 #include "core/elementary.h"
 #include "core/mlp.h"
 #include "core/mlp_field.h"

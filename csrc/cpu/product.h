@@ -208,12 +208,15 @@ template <typename T>
 void outer(const T* u, int64_t u_stride, int64_t rows, const T* a, int64_t stride, int64_t samples,
            T* sum, int64_t sum_stride) {
   int64_t p = 0;
-  for (; p + kOutputs <= rows; p += kOutputs) {
-    outer_rows<T, kOutputs>(u + p * u_stride, u_stride, a, stride, samples, sum + p * sum_stride,
-                            sum_stride);
-  }
-  for (; p < rows; ++p) {
-    outer_rows<T, 1>(u + p * u_stride, u_stride, a, stride, samples, sum + p * sum_stride,
-                     sum_stride);
-  }
+  // A row alone would wait for its own sums.
+  const auto take = [&](auto count) {
+    for (; p + count <= rows; p += count) {
+      outer_rows<T, count>(u + p * u_stride, u_stride, a, stride, samples, sum + p * sum_stride,
+                           sum_stride);
+    }
+  };
+  take(std::integral_constant<int, kOutputs>());
+  take(std::integral_constant<int, 4>());
+  take(std::integral_constant<int, 2>());
+  take(std::integral_constant<int, 1>());
 }
