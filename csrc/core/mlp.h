@@ -33,6 +33,7 @@ struct MlpLayer {
   int64_t out;
   const T* weight;  // [out, in], rows `weight_stride` apart
   int64_t weight_stride;
+  const T* turned;        // the weight's transpose [in, out], or null where it does not pay
   const T* bias;          // [out] or null
   const T* gate_weight;   // [F, out] or null: no gate
   const T* gate_bias;     // [out] or null

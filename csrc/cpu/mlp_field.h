@@ -265,7 +265,7 @@ void field_reverse(const MlpSolve<T>& given, const MlpFieldInputs<T>& inputs,
     }
   }
   // reverse() is done with its memory.
-  product(transposed(weight_of(first)), features, first.out, sums.first_bar, columns, columns,
+  product(transposed_weight(first), features, first.out, sums.first_bar, columns, columns,
           scratch.u[0], columns);
   for (int64_t i = 0; i < features * columns; ++i) {
     tangents_bar[i] =
@@ -307,7 +307,7 @@ void field_vjp(const MlpSolve<T>& given, const MlpFieldInputs<T>& inputs,
   scale(last, field.features, nullptr, u);
   for (int64_t l = last; l >= 0; --l) {
     const auto& layer = field.layer[l];
-    product(transposed(weight_of(layer)), layer.in, layer.out, u, columns, columns, other, columns);
+    product(transposed_weight(layer), layer.in, layer.out, u, columns, columns, other, columns);
     Vec<T>* swap = u;
     u = other;
     other = swap;

@@ -83,8 +83,9 @@ PYCNF_HD Matrix<T> weight_of(const MlpLayer<T>& layer) {
 }
 
 template <typename T>
-PYCNF_HD Matrix<T> transposed(const Matrix<T>& matrix) {
-  return {matrix.data, matrix.column, matrix.row};
+PYCNF_HD Matrix<T> transposed_weight(const MlpLayer<T>& layer) {
+  if (layer.turned != nullptr) return {layer.turned, layer.out, 1};
+  return {layer.weight, 1, layer.weight_stride};
 }
 
 // Asks for `count` vectors that will be read soon: what is kept of many stages comes from beyond the
@@ -500,7 +501,6 @@ void reverse(const MlpSolve<T>& solve, ActivateLayer<T> activate_layer,
   for (int l = last; l > 0; --l) {
     const auto& layer = field.layer[l];
     const auto rows = rows_of(products, constants, shape, l - 1);
-    const Matrix<T> weight = weight_of(layer);
     const int64_t count = closed_form ? vectors : columns;
     if (l > 1) {
       prefetch<T>(products.layer[l - 2], field.layer[l - 2].out * (l > 2 ? columns : vectors));
@@ -510,7 +510,7 @@ void reverse(const MlpSolve<T>& solve, ActivateLayer<T> activate_layer,
       add_weight_gradient(layer, u, columns, scratch.x, columns, count, scratch.rows,
                           totals.layers[l]);
     }
-    product(transposed(weight), layer.in, layer.out, u, columns, count, other, columns);
+    product(transposed_weight(layer), layer.in, layer.out, u, columns, count, other, columns);
     if (closed_form && l < last) {
       const int64_t stride = padded<T>(layer.in);
       if (totals.layers != nullptr) {
@@ -551,5 +551,5 @@ void reverse(const MlpSolve<T>& solve, ActivateLayer<T> activate_layer,
   if (totals.layers != nullptr) {
     add_weight_gradient(layer, u, vectors, z, vectors, vectors, scratch.rows, totals.layers[0]);
   }
-  product(transposed(weight_of(layer)), layer.in, layer.out, u, vectors, vectors, z_bar, vectors);
+  product(transposed_weight(layer), layer.in, layer.out, u, vectors, vectors, z_bar, vectors);
 }

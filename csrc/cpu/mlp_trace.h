@@ -57,7 +57,7 @@ void mix(const MlpSolve<T>& solve, const T* gate, T* unmixed, T* mixed, T* scrat
   }
   const auto& middle = field.layer[1];
   const int64_t columns = stride / kLanes<T>;
-  product(transposed(weight_of(last)), last.in, last.out, vectors(rows), columns, columns,
+  product(transposed_weight(last), last.in, last.out, vectors(rows), columns, columns,
           vectors(unmixed), columns);
   for (int64_t i = 0; i < middle.out; ++i) {
     for (int64_t j = 0; j < stride; ++j) {
@@ -122,7 +122,7 @@ T unmix(const MlpSolve<T>& solve, const MlpAt<T>& at, T* mixed_bar,
     for (int64_t c = 0; c < columns; ++c) {
       transpose(vectors(mixed_bar) + c, last.in, columns, other, turned + c * kLanes<T> * other);
     }
-    product(transposed(weight_of(first)), features, first.out, vectors(turned), other / kLanes<T>,
+    product(transposed_weight(first), features, first.out, vectors(turned), other / kLanes<T>,
             other / kLanes<T>, vectors(last_bar), other / kLanes<T>);
   }
   T time_bar = T(0);

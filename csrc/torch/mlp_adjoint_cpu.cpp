@@ -285,6 +285,7 @@ AdjointGradient mlp_adjoint_cpu(const at::Tensor& z, const at::Tensor& z_bar,
   AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "mlp_adjoint", [&] {
     MlpSetup<scalar_t> setup(z, {probe, context, parameters, method, kind, weights}, false);
     setup.every_stage_mixed = true;
+    setup.turn_weights();
     const bool adaptive = setup.solve.tableau->adaptive;
     StepControl steps = {.atol = 1};
     if (adaptive) steps = read_control(control);

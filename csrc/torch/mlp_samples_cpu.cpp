@@ -636,8 +636,8 @@ Gradient mlp_samples_backward_cpu(
     const at::Tensor& previous, const at::Tensor& newest, bool need_times) {
   Gradient result;
   AT_DISPATCH_FLOATING_TYPES(z_bar.scalar_type(), "mlp_samples_backward", [&] {
-    const MlpSetup<scalar_t> setup(z_bar, {probe, context, parameters, method, kind, weights},
-                                   true);
+    MlpSetup<scalar_t> setup(z_bar, {probe, context, parameters, method, kind, weights}, true);
+    setup.turn_weights();
     result = backward(setup, z_bar.contiguous(), filled(setup, extras_bar), parameters, times,
                       states, previous, newest, need_times);
   });
@@ -772,6 +772,7 @@ Gradient mlp_samples_adjoint_cpu(const at::Tensor& z, const at::Tensor& z_bar,
   AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "mlp_samples_adjoint", [&] {
     MlpSetup<scalar_t> setup(z, {probe, context, parameters, method, kind, weights}, true);
     setup.every_stage_mixed = true;
+    setup.turn_weights();
     result = adjoint(setup, z.contiguous(), z_bar.contiguous(), filled(setup, extras_bar),
                      parameters, {start, end, read_control(control)});
   });

@@ -54,6 +54,9 @@ T* mutable_values(const at::Tensor& x) {
 template <typename T>
 constexpr int64_t kAlign = 64 / int64_t(sizeof(T));
 
+// Numbers of a weight from which on its transpose is read faster than its columns (measured).
+constexpr int64_t kWide = 1 << 17;
+
 // The first whole vector's place in memory that has kAlign numbers to spare.
 template <typename T>
 T* aligned(T* pointer) {
@@ -216,6 +219,17 @@ class MlpSetup {
     }
   }
 
+  // Has the transposes of wide layers' weights, for a gradient of many stages: across the rows of a
+  // weight a product reads less than a line of the cache at a time.
+  void turn_weights() {
+    for (int l = 0; l < solve.field.layers; ++l) {
+      auto& layer = solve.field.layer[l];
+      if (layer.in * layer.out < kWide) continue;
+      copies.push_back(weights[l].t().contiguous());
+      layer.turned = values<T>(copies.back());
+    }
+  }
+
   // The same for a step that all samples take, all stages of it.
   void prepare_step(double t, double h, double t_next, bool rates, bool parallel,
                     MlpTimes<T>& out) const {
@@ -322,8 +336,8 @@ class MlpSetup {
                       given->scalar_type() == dtype(),
                   "layer ", l, ": weight must be [out, ", in, "] of ", dtype());
       // Rows may be apart; other views are copied.
-      at::Tensor weight = *given;
-      if (weight.stride(1) != 1) copies.push_back(weight = weight.contiguous());
+      const at::Tensor weight = given->stride(1) == 1 ? *given : given->contiguous();
+      weights.push_back(weight);
       layer.in = in;
       layer.out = weight.size(0);
       layer.weight = values<T>(weight);
@@ -455,7 +469,7 @@ class MlpSetup {
     solve.probe_stride = unit ? 0 : features * tangents * samples;
   }
 
-  std::vector<at::Tensor> copies;           // of weights
+  std::vector<at::Tensor> weights, copies;
   std::vector<std::vector<T>> padded_rows;  // of other parameters
   at::Tensor constant_memory;
   T* constant_mix = nullptr;

@@ -325,8 +325,9 @@ Gradient mlp_solve_backward_cpu(const at::Tensor& z_bar,
   Gradient result;
   AT_DISPATCH_FLOATING_TYPES(z_bar.scalar_type(), "mlp_solve_backward", [&] {
     TORCH_CHECK(states.size() > 0, "states must have at least one step's");
-    const MlpSetup<scalar_t> setup(z_bar, {probe, context, parameters, method, kind, weights},
-                                   false, true, states[0].size(2));
+    MlpSetup<scalar_t> setup(z_bar, {probe, context, parameters, method, kind, weights}, false,
+                             true, states[0].size(2));
+    setup.turn_weights();
     result = solve_backward(setup, z_bar, extras_bar, parameters, times, states, kept, need_times);
   });
   return result;
