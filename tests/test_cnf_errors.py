@@ -60,6 +60,59 @@ X = points()
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "error", "says"),
+    [
+        ("method", "rk5", ValueError, "method: got 'rk5'"),
+        ("rtol", torch.ones(2), ValueError, "rtol: got tensor"),
+        ("rtol", None, ValueError, "rtol: got None"),
+        ("probes", True, ValueError, "probes: got True"),
+        ("max_num_steps", 2.0, ValueError, "max_num_steps: got 2.0"),
+        ("options", 5, TypeError, "options: got 5, expected a dict or None"),
+        ("options", {"first_step": "a"}, ValueError, "first_step='a', expected a number above 0"),
+        ("options", {"first_step": torch.tensor(-1.0)}, ValueError, "expected a number above 0"),
+        ("regularizers", "kinetic", TypeError, "regularizers: got 'kinetic', expected a dict"),
+        ("regularizers", {"kinetic": [1.0]}, ValueError, r"regularizers: got \[1.0\]"),
+        ("t0", None, TypeError, "t0: got None, expected a number"),
+        ("t1", 0.0, ValueError, "t0, t1: got 0.0 and 0.0"),
+        ("engine", "jit", ValueError, "engine: got 'jit'"),
+    ],
+)
+@pytest.mark.parametrize("engine", ["fused", "generic"])
+def test_bad_setting_after_construction(engine, name, value, error, says):
+    flow = CNF(mlp(), engine=engine)
+    flow(X)
+    setattr(flow, name, value)
+    with pytest.raises(error, match=says):
+        flow(X)
+
+
+def test_settings_count_from_the_next_call_on():
+    flow = CNF(mlp(), method="rk4", options={"num_steps": 4})
+    flow(X)
+    assert flow.stats.accepted == 4
+    flow.options["num_steps"] = 3
+    flow(X)
+    assert flow.stats.accepted == 3
+    flow.options["num_steps"] = 3.0
+    with pytest.raises(ValueError, match="num_steps=3.0"):
+        flow(X)
+    flow.options = {"first_step": torch.tensor(0.5)}
+    flow.method = "dopri5"
+    flow(X)
+    few = flow.stats.accepted
+    flow.options["first_step"].fill_(1e-6)
+    flow(X)
+    assert flow.stats.accepted > few
+    flow.options = None
+    flow.rtol = flow.atol = 1e-9
+    flow(X)
+    assert flow.stats.accepted > few
+    flow.engine = "generic"
+    flow(X)
+    assert flow.stats.engine == "generic"
+
+
+@pytest.mark.parametrize(
     ("field", "arguments", "error", "says"),
     [
         (mlp(), ([1.0, 2.0],), TypeError, "x: got list, expected a tensor"),

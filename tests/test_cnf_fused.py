@@ -471,7 +471,7 @@ def test_wide_layers(kind):
 @pytest.mark.parametrize("steps", ["shared", "per-sample"])
 @pytest.mark.parametrize("gradient", ["discrete", "seminorm"])
 def test_wide_layers_read_transposed(steps, gradient):
-    # Gradients take a transpose of a weight from 2^17 numbers on; concat's is a part of a wider one.
+    # Gradients copy a weight's transpose from 2^17 numbers on; concat's is part of a wider weight.
     field = field_of(3, (370, 380), layer=("concatsquash", "concat", "ignore"), scale=1.5)
     flows = pair(field, method="bosh3", rtol=1e-3, atol=1e-3, steps=steps, gradient=gradient)
     assert_same(flows, points(21, 3), seed=3, rtol=1e-10)

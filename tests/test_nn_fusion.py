@@ -11,6 +11,7 @@ from torch import nn
 from pycnf.flows import CNF
 from pycnf.nn import MLP, fuse
 from pycnf.nn.fusion import recognise, why_not_fused
+from pycnf.nn.layers import Parts, TimeLayer
 
 D, H = 3, 7
 
@@ -662,3 +663,33 @@ def test_rows_that_are_not_contiguous():
         found.append([log_prob, *torch.autograd.grad(log_prob.sum(), list(module.parameters()))])
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
+
+
+class Named(TimeLayer):
+    """A layer type of a user's, whose weight has another name."""
+
+    def make_parameters(self):
+        self.kernel = nn.Parameter(torch.randn(self.out_features, self.in_features) / 3)
+
+    def parts(self):
+        return Parts(self.kernel)
+
+
+def test_layer_types_of_ones_own_are_fused():
+    field = MLP.of_layers([Named(D, 5), Named(5, D)], "tanh").double()
+    assert field.dtype == torch.float64
+    fused, generic = (CNF(field, engine=engine)(points(), seed=3) for engine in ("fused", "generic"))
+    for mine, other in zip(fused, generic, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
+
+
+def test_a_module_that_knows_its_parent_is_refused_and_not_walked_for_ever():
+    module = nn.Module()
+    module.child = nn.Linear(2, 2)
+    module.child.parent = module
+    module.forward = module.child.forward
+    with pytest.raises(ValueError, match=r"\w"):
+        fuse(module, time="none")
+    module.child.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="hook"):
+        fuse(module, time="none")

@@ -1,5 +1,6 @@
 """Continuous normalizing flows: densities by solving a differential equation."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -89,6 +90,9 @@ class CNF(nn.Module):
         >>> samples = flow.sample(100)
     """
 
+    # What was checked, and the control made of it; see `_control`.
+    _checked: tuple[tuple, AdaptiveControl | FixedControl] | None = None
+
     def __init__(
         self,
         field: VectorField,
@@ -113,8 +117,7 @@ class CNF(nn.Module):
             what = f"the class {field.__name__}" if isinstance(field, type) else repr(field)
             raise TypeError(f"field: got {what}, expected a callable f(t, z)")
         for name, value in (("options", options), ("regularizers", regularizers)):
-            if not isinstance(value, Mapping | None):
-                raise TypeError(f"{name}: got {value!r}, expected a dict or None")
+            _check_mapping(name, value)
         if base is not None and not (hasattr(base, "log_prob") and hasattr(base, "sample")):
             raise TypeError(f"base: got {base!r}, expected a distribution: log_prob and sample")
         self.field = field
@@ -133,7 +136,6 @@ class CNF(nn.Module):
         self.engine = engine
         self.regularizers = dict(regularizers or {})
         self.keep_bytes = 1 << 28
-        self._checked = None
         self._control()
         self._times()
         self._takes_fused()
@@ -311,18 +313,16 @@ class CNF(nn.Module):
     # ---- arguments -------------------------------------------------------------------------------
 
     def _set_time(self, name: str, time: float | Tensor) -> None:
-        if isinstance(time, Tensor):
-            if time.dim() != 0:
-                raise ValueError(f"{name}: got shape {tuple(time.shape)}, expected a 0-dim time")
-            if not isinstance(time, nn.Parameter):
-                self.register_buffer(name, time, persistent=False)
-                return
-        elif not isinstance(time, Real):
-            raise TypeError(f"{name}: got {time!r}, expected a number or a 0-dim tensor")
-        setattr(self, name, time)
+        _check_time(name, time)
+        if isinstance(time, Tensor) and not isinstance(time, nn.Parameter):
+            self.register_buffer(name, time, persistent=False)
+        else:
+            setattr(self, name, time)
 
     def _times(self) -> tuple[float, float]:
         """t0 and t1."""
+        for name in ("t0", "t1"):
+            _check_time(name, getattr(self, name))
         t0, t1 = _value(self.t0), _value(self.t1)
         if not (math.isfinite(t0) and math.isfinite(t1)) or t0 == t1:
             raise ValueError(f"t0, t1: got {t0} and {t1}, expected two different times")
@@ -337,17 +337,19 @@ class CNF(nn.Module):
             self.divergence, self.noise, self.probes, self.method, self.rtol, self.atol,
             self.max_num_steps, self.gradient, self.steps, self.engine, self.keep_bytes,
         )  # fmt: skip
-        mappings = (self.options, self.regularizers or {})
-        if self._checked is not None:
-            known_settings, known_mappings, control = self._checked
-            if all(map(operator.is_, settings, known_settings)) and mappings == known_mappings:
+        # Dicts, and what is in them, may change in place.
+        if self._checked is not None and not (self.options or self.regularizers):
+            known, control = self._checked
+            if all(map(operator.is_, settings, known)):
                 return control
         self._check()
         control = self._make_control()
-        self._checked = settings, tuple(map(dict, mappings)), control
+        self._checked = None if self.options or self.regularizers else (settings, control)
         return control
 
     def _check(self) -> None:
+        for name in ("options", "regularizers"):
+            _check_mapping(name, getattr(self, name))
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -412,36 +414,40 @@ class CNF(nn.Module):
     def _make_control(self) -> AdaptiveControl | FixedControl:
         tableau = TABLEAUX[self.method]
         known = ADAPTIVE_OPTIONS if tableau.adaptive else FIXED_OPTIONS
-        for name in self.options:
+        options = dict(self.options or {})
+        for name, value in options.items():
             if name not in known:
                 raise ValueError(
                     f"options: got {name!r}, expected any of {', '.join(known)} "
                     f"for method {self.method!r}"
                 )
+            if name == "num_steps":
+                continue
+            try:
+                options[name] = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                options[name] = math.nan
+            if not options[name] > 0:
+                raise ValueError(f"options: got {name}={value!r}, expected a number above 0")
         if tableau.adaptive:
-            for name, value in self.options.items():
-                if not float(value) > 0:
-                    raise ValueError(f"options: got {name}={value}, expected a number above 0")
-            options = {name: float(value) for name, value in self.options.items()}
             return AdaptiveControl(
                 float(self.rtol), float(self.atol), self.max_num_steps, **options
             )
-        if len(self.options) != 1:
+        if len(options) != 1:
             raise ValueError(
-                f"options: got {self.options}, expected step_size or num_steps for the fixed-step "
+                f"options: got {options}, expected step_size or num_steps for the fixed-step "
                 f"method {self.method!r}"
             )
-        if "num_steps" in self.options:
-            count = self.options["num_steps"]
+        if "num_steps" in options:
+            count = options["num_steps"]
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(
                     f"options: got num_steps={count!r}, expected a whole number of at least 1"
                 )
             return FixedControl(num_steps=count)
-        size = float(self.options["step_size"])
-        if not 0 < size < math.inf:
-            raise ValueError(f"options: got step_size={size}, expected a number above 0")
-        return FixedControl(step_size=size)
+        if options["step_size"] == math.inf:
+            raise ValueError("options: got step_size=inf, expected a number above 0")
+        return FixedControl(step_size=options["step_size"])
 
     def _check_input(
         self, x: Tensor, context: Tensor | None, name: str = "x"
@@ -543,23 +549,24 @@ class CNF(nn.Module):
             time if isinstance(time, Tensor) and time.requires_grad else None
             for time in (start, end)
         )
+        # f32 means f32: autocast would compute the field in half precision behind error control.
+        plain = contextlib.nullcontext()
         if torch.is_autocast_enabled(x.device.type):
-            # f32 means f32: this would compute the field in half precision behind error control.
-            with torch.autocast(x.device.type, enabled=False):
-                return self._solve_now(problem, x, context, start, end)
-        if problem.per_sample and not self._times_checked and x.shape[0]:
-            check_time_per_sample(problem, x, context)
-            self._times_checked = True
-        if self._takes_fused():
-            return solve_fused(problem, x, context, start, end)
-        if not torch.is_inference_mode_enabled():
-            return solve(problem, x, context, start, end)
-        # A divergence by vector-Jacobian products needs a graph, which inference mode refuses.
-        with torch.inference_mode(False), torch.no_grad():
-            if problem.probe is not None:
-                problem.probe = problem.probe.clone()
-            context = None if context is None else context.clone()
-            return solve(problem, x.clone(), context)
+            plain = torch.autocast(x.device.type, enabled=False)
+        with plain:
+            if problem.per_sample and not self._times_checked and x.shape[0]:
+                check_time_per_sample(problem, x, context)
+                self._times_checked = True
+            if self._takes_fused():
+                return solve_fused(problem, x, context, start, end)
+            if not torch.is_inference_mode_enabled():
+                return solve(problem, x, context, start, end)
+            # A divergence by vector-Jacobian products needs a graph, which inference mode refuses.
+            with torch.inference_mode(False), torch.no_grad():
+                if problem.probe is not None:
+                    problem.probe = problem.probe.clone()
+                context = None if context is None else context.clone()
+                return solve(problem, x.clone(), context)
 
     def _probe(
         self, x: Tensor, probe: Tensor | None, seed: int | None, keys: Tensor | None
@@ -635,6 +642,19 @@ class CNF(nn.Module):
             "likelihoods to report",
             stacklevel=3,
         )
+
+
+def _check_mapping(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping | None):
+        raise TypeError(f"{name}: got {value!r}, expected a dict or None")
+
+
+def _check_time(name: str, time: Any) -> None:
+    if isinstance(time, Tensor):
+        if time.dim() != 0:
+            raise ValueError(f"{name}: got shape {tuple(time.shape)}, expected a 0-dim time")
+    elif not isinstance(time, Real):
+        raise TypeError(f"{name}: got {time!r}, expected a number or a 0-dim tensor")
 
 
 def _value(time: float | Tensor) -> float:

@@ -146,7 +146,12 @@ class TimeLayer(nn.Module):
     @property
     def like(self) -> Tensor:
         """A tensor with the layer's dtype and device."""
-        return self.weight
+        weight = self._parameters.get("weight")
+        if weight is not None:
+            return weight
+        # In replicas (nn.DataParallel) parameters are plain tensors.
+        parts = self.parts()
+        return next(self.parameters()) if parts is None else parts.weight
 
     def parts(self) -> Parts | None:
         """The layer's tensors as they are now; None where its weights depend on time."""
