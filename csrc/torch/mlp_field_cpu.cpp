@@ -10,10 +10,6 @@
 namespace pycnf {
 namespace {
 
-// What is kept is sized for a multiple of so many samples, more than any instruction set has in a
-// tile, so that its shape does not depend on the machine.
-constexpr int64_t kKeptSamples = 64;
-
 // The arguments that all ops share; `probe` are the tangents where `jvp`.
 struct FieldArguments {
   const at::Tensor& t;

@@ -57,6 +57,10 @@ constexpr int64_t kAlign = 64 / int64_t(sizeof(T));
 // Numbers of a weight from which on its transpose is read faster than its columns (measured).
 constexpr int64_t kWide = 1 << 17;
 
+// What a single evaluation keeps is sized for a multiple of so many samples, whatever the tile, so
+// that its shape does not depend on the machine.
+constexpr int64_t kKeptSamples = 64;
+
 // The first whole vector's place in memory that has kAlign numbers to spare.
 template <typename T>
 T* aligned(T* pointer) {
@@ -288,7 +292,9 @@ class MlpSetup {
   // samples by it; where tiles must be the same whatever the threads, eight of them must be left.
   int64_t widest_tile(int64_t least, bool solving) const {
     const auto fits = [&](int64_t vectors) {
-      if (!solving) return batch >= 8 * vectors * table.lanes;
+      if (!solving) {
+        return vectors * table.lanes <= kKeptSamples && batch >= 8 * vectors * table.lanes;
+      }
       const int64_t threads = at::get_num_threads();
       const auto share = [&](int64_t of) {
         const int64_t count = (batch + of * table.lanes - 1) / (of * table.lanes);
