@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import get_ctx, register_fake
 
 from pycnf import reference
 from pycnf._build import _C
@@ -122,62 +123,63 @@ def signed_seed(seed: int) -> int:
 # ---- fakes: shapes and dtypes without data, for torch.compile and opcheck ------------------------
 
 
-@torch.library.register_fake("pycnf::rk_stage")
+@register_fake("pycnf::rk_stage")
 def _(y0: Tensor, k: Tensor, flip: bool, fresh: Sequence[Tensor], weights: Any, h: float) -> Tensor:
     return torch.empty_like(y0)
 
 
-@torch.library.register_fake("pycnf::rk_finish")
+@register_fake("pycnf::rk_finish")
 def _(y0: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return y0.new_empty(2, dtype=torch.float64)
 
 
-@torch.library.register_fake("pycnf::rk_interpolate")
+@register_fake("pycnf::rk_interpolate")
 def _(*args: Any) -> None:
     return None
 
 
-@torch.library.register_fake("pycnf::rk_initial_norms")
+@register_fake("pycnf::rk_initial_norms")
 def _(y0: Tensor, *args: Any) -> Tensor:
     return y0.new_empty(2, dtype=torch.float64)
 
 
-@torch.library.register_fake("pycnf::rk_combine")
+@register_fake("pycnf::rk_combine")
 def _(
     y: Tensor, k: Sequence[Tensor], weights: Any, h: float, h_graph: Tensor | None = None
 ) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("pycnf::time_tensors")
+@register_fake("pycnf::time_tensors")
 def _(values: Any, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     return [torch.empty((), dtype=dtype, device=device) for _ in values]
 
 
-@torch.library.register_fake("pycnf::probe_keys")
+@register_fake("pycnf::probe_keys")
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
 
 
-@torch.library.register_fake("pycnf::probe_sample")
+@register_fake("pycnf::probe_sample")
 def _(
     keys: Tensor, seed: int, probes: int, features: int, gaussian: bool, dtype: torch.dtype
 ) -> Tensor:
     return keys.new_empty(probes, keys.shape[0], features, dtype=dtype)
 
 
-@torch.library.register_fake("pycnf::mlp_solve")
+@register_fake("pycnf::mlp_solve")
 def _(
     x: Tensor, probe: Any, context: Any, parameters: Any, method: str, kind: Sequence[int],
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     if args[-1] >= 0:
-        raise NotImplementedError("the length of a tape is known by solving only")
+        # A tape is lists with an entry a step, and fakes have symbolic sizes but no such lengths.
+        raise NotImplementedError("mlp_solve: a fake has no tape, whose length only a solve knows")
     report, times = (x.new_empty(size, dtype=torch.float64) for size in ((9,), (0, 3)))
     return torch.empty_like(x), x.new_empty(_extras(kind), x.shape[0]), report, times, [], []
 
 
-@torch.library.register_fake("pycnf::mlp_solve_backward")
+@register_fake("pycnf::mlp_solve_backward")
 def _(
     z_bar: Tensor, extras_bar: Any, probe: Any, context: Tensor | None,
     parameters: Sequence[Tensor | None], method: str, kind: Any, weights: Any, times: Tensor,
@@ -187,8 +189,8 @@ def _(
     return *gradients, times.new_empty(times.shape[0] if args[-1] else 0, 2)
 
 
-@torch.library.register_fake("pycnf::mlp_adjoint")
-@torch.library.register_fake("pycnf::mlp_samples_adjoint")
+@register_fake("pycnf::mlp_adjoint")
+@register_fake("pycnf::mlp_samples_adjoint")
 def _(
     z: Tensor, z_bar: Tensor, extras_bar: Any, probe: Any, context: Tensor | None,
     parameters: Sequence[Tensor | None], *args: Any,
@@ -196,13 +198,13 @@ def _(
     return *_gradients(z, context, parameters), z.new_empty(9, dtype=torch.float64)
 
 
-@torch.library.register_fake("pycnf::mlp_samples")
+@register_fake("pycnf::mlp_samples")
 def _(
     x: Tensor, probe: Any, context: Any, parameters: Any, method: str, kind: Sequence[int],
     *args: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     # The length of a tape is known by solving only.
-    steps = torch.library.get_ctx().new_dynamic_size() if args[-1] else 0
+    steps = get_ctx().new_dynamic_size() if args[-1] else 0
     whole = {"dtype": torch.int64}
     return (
         torch.empty_like(x),
@@ -215,7 +217,7 @@ def _(
     )
 
 
-@torch.library.register_fake("pycnf::mlp_samples_backward")
+@register_fake("pycnf::mlp_samples_backward")
 def _(
     z_bar: Tensor, extras_bar: Any, probe: Any, context: Tensor | None,
     parameters: Sequence[Tensor | None], method: str, kind: Any, weights: Any, times: Tensor,
@@ -224,14 +226,14 @@ def _(
     return *_gradients(z_bar, context, parameters), times.new_empty(2)
 
 
-@torch.library.register_fake("pycnf::mlp_value")
+@register_fake("pycnf::mlp_value")
 def _(
     t: Tensor, z: Tensor, context: Any, parameters: Sequence[Tensor | None], kind: Any, keep: bool
 ) -> tuple[Tensor, Tensor]:
     return _contiguous(z), _kept(z, parameters, 0, keep)
 
 
-@torch.library.register_fake("pycnf::mlp_value_jvp")
+@register_fake("pycnf::mlp_value_jvp")
 def _(
     t: Tensor, z: Tensor, tangents: Tensor, context: Any, parameters: Sequence[Tensor | None],
     kind: Any, keep: bool,
@@ -240,12 +242,12 @@ def _(
     return _contiguous(z), _contiguous(tangents), kept
 
 
-@torch.library.register_fake("pycnf::mlp_vjp")
+@register_fake("pycnf::mlp_vjp")
 def _(t: Tensor, z: Tensor, cotangents: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return _contiguous(z), _contiguous(cotangents)
 
 
-@torch.library.register_fake("pycnf::mlp_value_divergence")
+@register_fake("pycnf::mlp_value_divergence")
 def _(
     t: Tensor, z: Tensor, probe: Tensor | None, context: Any, parameters: Sequence[Tensor | None],
     kind: Sequence[int], keys: Tensor | None, seed: int, probes: int, gaussian: bool, keep: bool,
@@ -257,7 +259,7 @@ def _(
     return _contiguous(z), z.new_empty(z.shape[0]), _kept(z, parameters, tangents, keep)
 
 
-@torch.library.register_fake("pycnf::mlp_value_divergence_backward")
+@register_fake("pycnf::mlp_value_divergence_backward")
 def _(
     value_bar: Any, divergence_bar: Any, t: Tensor, z: Tensor, probe: Tensor | None,
     context: Tensor | None, parameters: Sequence[Tensor | None], *args: Any,
@@ -265,7 +267,7 @@ def _(
     return _field_gradients(t, z, probe, context, parameters, args[-1])
 
 
-@torch.library.register_fake("pycnf::mlp_value_jvp_backward")
+@register_fake("pycnf::mlp_value_jvp_backward")
 def _(
     value_bar: Any, images_bar: Any, t: Tensor, z: Tensor, tangents: Tensor,
     context: Tensor | None, parameters: Sequence[Tensor | None], *args: Any,

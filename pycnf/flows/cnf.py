@@ -338,13 +338,14 @@ class CNF(nn.Module):
             self.max_num_steps, self.gradient, self.steps, self.engine, self.keep_bytes,
         )  # fmt: skip
         # Dicts, and what is in them, may change in place.
-        if self._checked is not None and not (self.options or self.regularizers):
+        lasting = not (self.options or self.regularizers)
+        if self._checked is not None and lasting:
             known, control = self._checked
             if all(map(operator.is_, settings, known)):
                 return control
         self._check()
         control = self._make_control()
-        self._checked = None if self.options or self.regularizers else (settings, control)
+        self._checked = (settings, control) if lasting else None
         return control
 
     def _check(self) -> None:
@@ -491,13 +492,11 @@ class CNF(nn.Module):
         if divergence:
             probe = self._probe(x, probe, seed, keys)
         t0, t1 = self._times()
+        start, end, sign = (t0, t1, -1.0) if inverse else (t1, t0, 1.0)
         stats = SolveStats()
-        if inverse:
-            problem = self._problem(t0, t1, probe, -1.0, stats, divergence)
-            z, *extras = self._solve(problem, x, context, self.t0, self.t1)
-        else:
-            problem = self._problem(t1, t0, probe, 1.0, stats, divergence)
-            z, *extras = self._solve(problem, x, context, self.t1, self.t0)
+        problem = self._problem(start, end, probe, sign, stats, divergence)
+        ends = (self.t0, self.t1) if inverse else (self.t1, self.t0)
+        z, *extras = self._solve(problem, x, context, *ends)
         stats.regularizers = dict(zip(problem.regularizers, extras[1:]))
         self.stats = stats
         return z, tuple(extras)

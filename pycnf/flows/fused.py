@@ -139,9 +139,11 @@ class _Discrete(_Function):
     def forward(problem: Problem, tape: _Tape | None, x, offset, start, end, *tensors):
         # Kept stages know nothing of the rates that a gradient by the interval's ends needs.
         budget = problem.keep_bytes if start is None and end is None else 0
-        z, extras, made = _run(problem, budget if tape is not None else -1, x, offset, tensors)
+        budget = budget if tape is not None else -1
+        settings = _settings(problem)
+        z, extras, made = _run(problem, settings, budget, x, offset, tensors)
         if tape is not None:
-            tape.parts, tape.settings = made, _settings(problem)
+            tape.parts, tape.settings = made, settings
         return z, *torch.unbind_copy(extras)
 
     @staticmethod
@@ -191,7 +193,7 @@ class _Adjoint(_Function):
 
     @staticmethod
     def forward(problem: Problem, tape: _Tape | None, x, offset, start, end, *tensors):
-        z, extras, _ = _run(problem, -1, x, offset, tensors)
+        z, extras, _ = _run(problem, _settings(problem), -1, x, offset, tensors)
         return z, *torch.unbind_copy(extras)
 
     @staticmethod
@@ -242,6 +244,7 @@ class _Adjoint(_Function):
 
 def _run(
     problem: Problem,
+    settings: tuple[str, list[int], list[float]],
     keep_bytes: int,
     x: Tensor,
     offset: Tensor | None,
@@ -250,7 +253,7 @@ def _run(
     """Solves forward and writes the stats: z, extras [E, B], and a tape unless keep_bytes < 0."""
     control, grid = _control(problem)
     arguments = (
-        x, problem.probe, offset, tensors, *_settings(problem), problem.start, problem.end, control,
+        x, problem.probe, offset, tensors, *settings, problem.start, problem.end, control,
     )  # fmt: skip
     if problem.per_sample:
         z, extras, report, *tape = mlp_samples(*arguments, keep_bytes >= 0)

@@ -141,7 +141,7 @@ class TimeLayer(nn.Module):
             self.context_weight = _parameter(out_features, context, fan_in=context)
 
     def make_parameters(self) -> None:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say what its parameters are")
 
     @property
     def like(self) -> Tensor:
