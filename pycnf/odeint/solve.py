@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pycnf.odeint.adaptive import AdaptiveSolver
+from pycnf.odeint.explicit_grid import ExplicitGridSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
 from pycnf.odeint.tableau import TABLEAUX
@@ -41,7 +42,7 @@ _LABELS = {
 SOLVERS: dict[str, Method] = {
     name: Method(label, AdaptiveSolver, frozenset(CALLBACKS))
     if TABLEAUX[name].adaptive
-    else Method(label, FixedGridSolver, frozenset({"callback_step"}))
+    else Method(label, ExplicitGridSolver, frozenset({"callback_step"}))
     for name, label in _LABELS.items()
 }
 
