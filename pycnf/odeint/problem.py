@@ -19,10 +19,7 @@ from torch import Size, Tensor
 
 from pycnf.odeint.norms import MixedNorm, RmsNorm, flat_to_shapes, segments_of
 
-NOT_YET = (
-    *("explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver", "implicit_euler"),
-    *("implicit_midpoint", "trapezoid", "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2"),
-)
+NOT_YET = ("explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver")
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
@@ -77,7 +74,10 @@ class Problem:
 
     def as_state(self, fresh: list[Tensor], y: Tensor) -> Tensor:
         """What `call` returned as one tensor like y, with its graph."""
-        return self.joined(fresh).reshape(y.shape).to(y.dtype)
+        f = self.joined(fresh)
+        if f.shape == y.shape and f.dtype == y.dtype:
+            return f
+        return f.reshape(y.shape).to(y.dtype)
 
     def norm_of(self, state: Tensor) -> Tensor:
         """The norm of one tensor like y0."""

@@ -12,8 +12,9 @@ from torch import Tensor
 from pycnf.odeint.adaptive import AdaptiveSolver
 from pycnf.odeint.explicit_grid import ExplicitGridSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
+from pycnf.odeint.implicit_grid import IMPLICIT_TABLEAUX, ImplicitGridSolver, ImplicitTableau
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
-from pycnf.odeint.tableau import TABLEAUX
+from pycnf.odeint.tableau import TABLEAUX, Tableau
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Method:
 
     label: str
     solver: type[AdaptiveSolver] | type[FixedGridSolver]
-    callbacks: frozenset[str]
+    tableau: Tableau | ImplicitTableau
+    callbacks: frozenset[str] = frozenset({"callback_step"})
 
 
 _LABELS = {
@@ -39,18 +41,36 @@ _LABELS = {
     "rk4": "RK4",
 }
 
+_IMPLICIT_LABELS = {
+    "implicit_euler": "ImplicitEuler",
+    "implicit_midpoint": "ImplicitMidpoint",
+    "trapezoid": "Trapezoid",
+    "radauIIA3": "RadauIIA3",
+    "gl4": "GaussLegendre4",
+    "radauIIA5": "RadauIIA5",
+    "gl6": "GaussLegendre6",
+    "sdirk2": "SDIRK2",
+    "trbdf2": "TRBDF2",
+}
+
 SOLVERS: dict[str, Method] = {
-    name: Method(label, AdaptiveSolver, frozenset(CALLBACKS))
-    if TABLEAUX[name].adaptive
-    else Method(label, ExplicitGridSolver, frozenset({"callback_step"}))
-    for name, label in _LABELS.items()
+    **{
+        name: Method(label, AdaptiveSolver, TABLEAUX[name], frozenset(CALLBACKS))
+        if TABLEAUX[name].adaptive
+        else Method(label, ExplicitGridSolver, TABLEAUX[name])
+        for name, label in _LABELS.items()
+    },
+    **{
+        name: Method(label, ImplicitGridSolver, IMPLICIT_TABLEAUX[name])
+        for name, label in _IMPLICIT_LABELS.items()
+    },
 }
 
 
 def make_solver(problem: Problem, tape: list | None = None) -> AdaptiveSolver | FixedGridSolver:
     """The solver of a problem's method with its options."""
     method = SOLVERS[problem.method]
-    return method.solver(problem, TABLEAUX[problem.method], method.label, tape, **problem.options)
+    return method.solver(problem, method.tableau, method.label, tape, **problem.options)
 
 
 def odeint(
