@@ -12,8 +12,10 @@ from torch import Tensor
 from pycnf.odeint.adaptive import AdaptiveSolver
 from pycnf.odeint.explicit_grid import ExplicitGridSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
+from pycnf.odeint.per_sample import odeint_transformed
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
 from pycnf.odeint.tableau import TABLEAUX
+from pycnf.odeint.transforms import transforming
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def odeint(
 
     A drop-in for `torchdiffeq.odeint`: same arguments, defaults, accepted steps, numbers, errors
     and warnings. Gradients flow through the operations of the solver, those of the first step size
-    included, and can be differentiated again.
+    included, and can be differentiated again. Under `torch.func.vmap` every element takes its own
+    steps and may have its own times, parameters and tolerances; all torch.func transforms nest.
 
     Args:
         func: vector field, called with a 0-dim time in the state's real dtype and a state; returns
@@ -102,6 +105,8 @@ def odeint(
         >>> round(y[-1].item(), 6)
         0.367879
     """
+    if transforming():
+        return odeint_transformed(func, y0, t, rtol, atol, method, options)
     problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS)
     return problem.shaped(make_solver(problem).integrate())
 
