@@ -55,7 +55,7 @@ class Elements:
 
     def spread(self, control: Tensor) -> Tensor:
         """Values [..., *lead] in a shape that broadcasts to states [..., *lead, ...]."""
-        return control.reshape(*control.shape, *[1] * self.element_dims)
+        return control.reshape((*control.shape, *[1] * self.element_dims))
 
     def all_of(self, mask: Tensor) -> Tensor:
         """Whether a mask like the state is true all over an element, [*lead]."""

@@ -7,6 +7,7 @@ waits at its start, as in `masked_adaptive`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from pycnf.odeint import rounding
 from pycnf.odeint.elements import Elements, by_time
 from pycnf.odeint.fixed_grid import cubic_hermite
 from pycnf.odeint.masked_outputs import Outputs, fraction, nearest
-from pycnf.odeint.norms import flat_to_shapes
 from pycnf.odeint.problem import warn_unused
 from pycnf.odeint.tableau import Tableau
 from pycnf.odeint.transforms import first_true, largest
@@ -81,7 +81,7 @@ class MaskedFixedGridSolver:
         outputs = Outputs(elements, elements.s, self._interpolate)
         self.origin = (elements.s[0].detach(), elements.y0.detach())
         y = elements.y0
-        for i, (start, end) in enumerate(zip(grid[:-1], grid[1:])):
+        for i, (start, end) in enumerate(pairwise(grid.unbind())):
             active = None if steps is None else i < steps
             y1, f0 = self._step(active, start, end, y)
             if active is not None:

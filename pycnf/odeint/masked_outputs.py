@@ -59,8 +59,11 @@ class Outputs:
         if self.rows is None:
             return
         elements, times = self.elements, self.times.detach()
-        # The first step that gets there.
-        index = torch.searchsorted(torch.stack(all_reached, -1), self.rows).movedim(-1, 0)
+        ends = torch.stack(all_reached, -1)
+        # The first step that gets there. The sum is a batch where `ends` is one: searchsorted
+        # would make a strided one, and warn of it.
+        index = torch.searchsorted(ends, self.rows + torch.zeros_like(ends[..., :1]))
+        index = index.movedim(-1, 0)
         covered = (times > self.begin) & (index < len(all_reached))
         index = index.clamp(max=len(all_reached) - 1)
         found = [self._pick(torch.stack(column), index) for column in columns]

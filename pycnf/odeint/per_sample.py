@@ -1,6 +1,4 @@
-"""Solves in which every element of a batch takes steps of its own: `odeint_per_sample`, and
-`odeint` under torch.func's transforms.
-"""
+"""`odeint_per_sample`: one field for a whole batch, steps for every row."""
 
 from __future__ import annotations
 
@@ -9,10 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pycnf.odeint.elements import make_elements
-from pycnf.odeint.masked_adaptive import MaskedAdaptiveSolver
-from pycnf.odeint.masked_fixed import MaskedFixedGridSolver
-from pycnf.odeint.tableau import TABLEAUX
+from pycnf.odeint.masked import solve_elements
+from pycnf.odeint.solve import SOLVERS
 
 
 def odeint_per_sample(
@@ -61,39 +57,4 @@ def odeint_per_sample(
         >>> [round(value, 4) for value in y[-1, :, 0].tolist()]
         [0.3679, 0.1353]
     """
-    return _solve(func, y0, t, rtol, atol, method, options, by_rows=True)
-
-
-def odeint_transformed(
-    func: Callable,
-    y0: Tensor | tuple[Tensor, ...],
-    t: Tensor,
-    rtol: Any,
-    atol: Any,
-    method: str | None,
-    options: dict[str, Any] | None,
-) -> Tensor | tuple[Tensor, ...]:
-    """`odeint` inside torch.func's transforms and forward-mode differentiation."""
-    return _solve(func, y0, t, rtol, atol, method, options, by_rows=False)
-
-
-def _solve(
-    func: Callable,
-    y0: Tensor | tuple[Tensor, ...],
-    t: Tensor,
-    rtol: Any,
-    atol: Any,
-    method: str | None,
-    options: dict[str, Any] | None,
-    by_rows: bool,
-) -> Tensor | tuple[Tensor, ...]:
-    method = "dopri5" if method is None else method
-    if method not in TABLEAUX:
-        where = "odeint_per_sample" if by_rows else "odeint under torch.func's transforms"
-        names = ", ".join(f'"{name}"' for name in TABLEAUX)
-        raise ValueError(f'Invalid method "{method}". {where} has {names}.')
-    tableau = TABLEAUX[method]
-    elements = make_elements(func, y0, t, rtol, atol, method, options, by_rows)
-    solver = MaskedAdaptiveSolver if tableau.adaptive else MaskedFixedGridSolver
-    solution = solver(elements, tableau, method, **elements.options).integrate()
-    return elements.shaped(solution)
+    return solve_elements(func, y0, t, rtol, atol, method, options, SOLVERS, by_rows=True)

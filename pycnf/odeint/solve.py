@@ -12,7 +12,7 @@ from torch import Tensor
 from pycnf.odeint.adaptive import AdaptiveSolver
 from pycnf.odeint.explicit_grid import ExplicitGridSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
-from pycnf.odeint.per_sample import odeint_transformed
+from pycnf.odeint.masked import solve_elements
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
 from pycnf.odeint.tableau import TABLEAUX
 from pycnf.odeint.transforms import transforming
@@ -106,7 +106,7 @@ def odeint(
         0.367879
     """
     if transforming():
-        return odeint_transformed(func, y0, t, rtol, atol, method, options)
+        return solve_elements(func, y0, t, rtol, atol, method, options, SOLVERS, by_rows=False)
     problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS)
     return problem.shaped(make_solver(problem).integrate())
 
