@@ -663,9 +663,9 @@ def test_what_is_rejected_leaves_no_nan():
     assert_close(mine, (each[0], each[1], each[2].sum()), 1e-9, 1e-9)
 
 
-@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun3"])
 def test_what_is_finished_leaves_no_nan(method):
-    """A field that is not defined after an element's end, while others go on."""
+    """A field without derivative at an element's end, where its steps do not evaluate it."""
     ends = torch.tensor([0.5, 1.0, 2.0], dtype=F64)
     y0 = torch.ones(3, 1, dtype=F64)
 
@@ -673,7 +673,7 @@ def test_what_is_finished_leaves_no_nan(method):
         t = torch.stack([torch.zeros_like(end), end.detach()])
 
         def field(t, y):
-            return -y * torch.sqrt(0.1 + end - t)
+            return -y * torch.sqrt(end - t)
 
         return pycnf.odeint(field, y0, t, method=method, options={"step_size": 0.1})[-1].sum()
 
