@@ -19,7 +19,8 @@ from pycnf.odeint.adaptive import Accepted, AdaptiveSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
 from pycnf.odeint.norms import AdjointNorm, flat_to_shapes
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
-from pycnf.odeint.solve import SOLVERS, make_solver, solve_without_graph
+from pycnf.odeint.solve import SOLVERS, make_solver, odeint, solve_without_graph
+from pycnf.odeint.transforms import transforming
 from pycnf.once import raise_if_differentiated
 
 _TWICE = (
@@ -47,7 +48,8 @@ def odeint_adjoint(
     """Like `odeint`, with gradients to y0, t and parameters at constant memory (or a tape of
     accepted steps).
 
-    A drop-in for `torchdiffeq.odeint_adjoint`, and one addition, `gradient`.
+    A drop-in for `torchdiffeq.odeint_adjoint`, and one addition, `gradient`. Under torch.func's
+    transforms and in forward mode it is `odeint`, whose gradient they know.
 
     Args:
         func, y0, t, rtol, atol, method, options: as for `odeint`; func is an nn.Module unless
@@ -126,6 +128,8 @@ def odeint_adjoint(
             "norm.",
             stacklevel=2,
         )
+    if transforming():
+        return odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options)
     problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS)
     if gradient == "discrete":
         solution = _Discrete.apply(problem, problem.y0, problem.s, *trainable)

@@ -130,7 +130,7 @@ def make_problem(
     if not isinstance(y0, Tensor):
         assert isinstance(y0, tuple), "y0 must be either a torch.Tensor or a tuple"
         shapes = [part.shape for part in y0]
-        rtol, atol = _tuple_tolerance("rtol", rtol, shapes), _tuple_tolerance("atol", atol, shapes)
+        rtol, atol = tuple_tolerance("rtol", rtol, shapes), tuple_tolerance("atol", atol, shapes)
         y0 = torch.cat([part.reshape(-1) for part in y0])
         norm = MixedNorm()
     options = {} if options is None else dict(options)
@@ -166,7 +166,7 @@ def make_problem(
     )
 
 
-def _tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:
+def tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:
     """A tolerance per part, spread over the values of the state; anything not iterable is left
     alone.
     """
