@@ -1,8 +1,7 @@
 """Initial value problems and measuring tools shared by the tests of the drop-in solver.
 
-The reference is the installed torchdiffeq. Its release lacks ``tsit5``, which its main branch has,
-so that method is added to the reference here from Tsitouras' published coefficients and the facts
-known of it: the propagated weights are ``b + error``, the last stage is reused as the next f0.
+The reference is the installed torchdiffeq; methods that only its main branch has are added to it by
+`bench.torchdiffeq_main`.
 """
 
 import math
@@ -10,12 +9,11 @@ import warnings
 from types import SimpleNamespace
 
 import torch
-from torchdiffeq._impl.misc import Perturb
-from torchdiffeq._impl.odeint import SOLVERS
-from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTableau
-from torchdiffeq._impl.solvers import FixedGridODESolver
 
+from bench.torchdiffeq_main import add_methods
 from pycnf.odeint.implicit_grid import IMPLICIT_TABLEAUX
+
+add_methods()
 
 # Function evaluations per attempted step, and tolerances that give tens of steps below.
 STAGES = {"dopri5": 6, "dopri8": 13, "tsit5": 6, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 1}
@@ -42,143 +40,6 @@ TOLERANCE = {
         "adaptive_heun": 1e-3,
     },
 }
-
-# Tsitouras 2011, "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying
-# assumption": nodes, stages, fifth-order weights, error weights, and b_i(1/2) of the interpolant.
-_TSIT5_B = [
-    0.09646076681806523,
-    0.01,
-    0.4798896504144996,
-    1.379008574103742,
-    -3.290069515436081,
-    2.324710524099774,
-    0.0,
-]
-_TSIT5_ERROR = [
-    -0.0017800110522257714,
-    -0.0008164344596567469,
-    0.007880878010261996,
-    -0.14471100717326290,
-    0.5823571654525552,
-    -0.45808210592918695,
-    1 / 66,
-]
-
-
-def _double(values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def _tsit5_mid():
-    x = 0.5
-    return [
-        -1.0530884977290216
-        * x
-        * (x - 1.3299890189751412)
-        * (x * x - 1.4364028541716351 * x + 0.7139816917074209),
-        0.1017 * x * x * (x * x - 2.1966568338249754 * x + 1.2949852507374631),
-        2.490627285651252793 * x * x * (x * x - 2.38535645472061657 * x + 1.57803468208092486),
-        -16.54810288924490272 * (x - 1.21712927295533244) * (x - 0.61620406037800089) * x * x,
-        47.37952196281928122 * (x - 1.203071208372362603) * (x - 0.658047292653547382) * x * x,
-        -34.87065786149660974 * (x - 1.2) * (x - 2 / 3) * x * x,
-        2.5 * (x - 1) * (x - 0.6) * x * x,
-    ]
-
-
-TSIT5_TABLEAU = _ButcherTableau(
-    alpha=_double([0.161, 0.327, 0.9, 0.9800255409045097, 1, 1]),
-    beta=[
-        _double([0.161]),
-        _double([-0.008480655492356988, 0.33548065549235699]),
-        _double([2.8971530571054935, -6.359448489975075, 4.362295432869581]),
-        _double([5.325864828439257, -11.748883564062828, 7.495539342889836, -0.09249506636175525]),
-        _double(
-            [
-                5.86145544294642,
-                -12.92096931784711,
-                8.159367898576159,
-                -0.071584973281401,
-                -0.028269050394068383,
-            ]
-        ),
-        _double(_TSIT5_B[:6]),
-    ],
-    c_sol=_double([b + e for b, e in zip(_TSIT5_B, _TSIT5_ERROR, strict=True)]),
-    c_error=_double(_TSIT5_ERROR),
-)
-TSIT5_MID = _double(_tsit5_mid())
-
-
-class Tsit5Solver(RKAdaptiveStepsizeODESolver):
-    """torchdiffeq's own stepping with Tsitouras' coefficients."""
-
-    order = 5
-    tableau = TSIT5_TABLEAU
-    mid = TSIT5_MID
-
-
-SOLVERS.setdefault("tsit5", Tsit5Solver)
-
-
-class DenseBroyden(FixedGridODESolver):
-    """An implicit method as the peer's main branch steps it: Broyden's method with a dense Jacobian
-    from the identity on, solved anew in every iteration, and an absolute bound on the residual.
-
-    The coefficients are pycnf's, which test_odeint_implicit checks by their order conditions.
-    """
-
-    def __init__(self, func, y0, max_iters=100, **options):
-        super().__init__(func, y0, **options)
-        self.max_iters = max_iters
-
-    def _step_func(self, func, t0, dt, t1, y0):
-        real = y0.abs().dtype
-        f0 = func(t0, y0, perturb=Perturb.NEXT if self.perturb else Perturb.NONE)
-        t0, dt, t1 = t0.to(real), dt.to(real), t1.to(real)
-        a = torch.tensor(self.method.a, dtype=y0.dtype)
-        c = torch.tensor(self.method.c, dtype=real)
-        slopes = torch.stack([f0] * len(c))
-        for stages in self.method.blocks:
-            slopes = self._solve(func, (t0, dt, t1), y0, slopes, list(stages), a, c)
-        return torch.tensordot(dt * torch.tensor(self.method.b, dtype=y0.dtype), slopes, 1), f0
-
-    def _solve(self, func, times, y0, slopes, stages, a, c):
-        t0, dt, t1 = times
-
-        def residual(slopes):
-            parts = []
-            for i in stages:
-                y = y0 + torch.tensordot(dt * a[i], slopes, 1)
-                if c[i] == 1:
-                    value = func(t1, y, perturb=Perturb.PREV)
-                else:
-                    value = func(t0 + c[i] * dt, y)
-                parts.append(slopes[i] - value)
-            return torch.stack(parts).reshape(-1)
-
-        bound = 1e-6 if y0.abs().dtype == torch.float32 else 1e-8
-        r = residual(slopes)
-        jacobian = torch.eye(len(r), dtype=r.dtype)
-        for _ in range(self.max_iters):
-            if torch.linalg.norm(r) < bound:
-                return slopes
-            step = torch.linalg.solve(jacobian, -r)
-            rows = list(slopes.unbind())
-            for i, part in zip(stages, step.view(len(stages), *y0.shape)):
-                rows[i] = rows[i] + part
-            slopes = torch.stack(rows)
-            new = residual(slopes)
-            change = new - r - jacobian @ step
-            jacobian = jacobian + torch.outer(change, step.conj()) / torch.vdot(step, step)
-            r = new
-        warnings.warn(
-            "Functional iteration did not converge. Solution may be incorrect.", stacklevel=2
-        )
-        return slopes
-
-
-for _tableau in IMPLICIT_TABLEAUX.values():
-    SOLVERS.setdefault(_tableau.name, type(_tableau.name, (DenseBroyden,), {"method": _tableau}))
 
 
 class Recorder(torch.nn.Module):
