@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "core/params.h"
@@ -80,8 +81,13 @@ struct Rows {
     auto target = k.select(0, index(stage));
     int64_t begin = 0;
     for (const auto& part : fresh) {
-      // Detached: the rows carry no graph, whatever the field returned.
-      target.narrow(0, begin, part.numel()).view(part.sizes()).copy_(part.detach());
+      if (part.is_cpu() && target.is_cpu() && part.is_contiguous() &&
+          part.scalar_type() == k.scalar_type()) {
+        std::memcpy(target.data_ptr<T>() + begin, part.const_data_ptr<T>(), part.nbytes());
+      } else {
+        // Detached: the rows carry no graph, whatever the field returned.
+        target.narrow(0, begin, part.numel()).view(part.sizes()).copy_(part.detach());
+      }
       begin += part.numel();
     }
     return nullptr;
