@@ -36,7 +36,8 @@ def solve_until_event(solver: AdaptiveSolver | FixedGridSolver) -> tuple[Tensor,
 def _sign(problem: Problem, s: float, y: Tensor, dtype: torch.dtype) -> float:
     """The sign of the event function at s, in ascending time; NaN equals no sign."""
     (t,) = time_tensors([problem.sign * s], dtype, y.device)
-    return torch.sign(problem.event(t, y)).item()
+    value = problem.event(t, y).item()
+    return (value > 0) - (value < 0) if value == value else math.nan
 
 
 def _adaptively(solver: AdaptiveSolver) -> tuple[Tensor, Tensor]:
@@ -92,13 +93,15 @@ def _on_fixed_grid(solver: FixedGridSolver) -> tuple[Tensor, Tensor]:
     grad = torch.is_grad_enabled()
     graph = grad and (s.requires_grad or getattr(step_size, "requires_grad", False))
     size, start, y = float(step_size), s.item(), problem.y0
+    stages = range(solver.tableau.stages)
     before = _sign(problem, start, y, dtype)
     for _ in range(_MAX_FIXED_STEPS):
         end = round_(start + round_(size))
         ends = Ends(start, end, size, (s, s + step_size) if graph else None)
         if solver.tape is not None:
             solver.tape.append((y, ends))
-        y1, f0 = solver._step(y, ends, None)
+        at = None if graph else [solver._stage_time(y, stage, ends) for stage in stages]
+        y1, f0 = solver._step(y, ends, at)
         if _sign(problem, end, y1, dtype) != before:
             break
         start, y = end, y1
