@@ -33,11 +33,11 @@ def solve_until_event(solver: AdaptiveSolver | FixedGridSolver) -> tuple[Tensor,
     return search(solver)
 
 
-def _sign(problem: Problem, s: float, y: Tensor, dtype: torch.dtype) -> float:
-    """The sign of the event function at s, in ascending time; NaN equals no sign."""
+def _sign(problem: Problem, s: float, y: Tensor, dtype: torch.dtype) -> int:
+    """The sign of the event function at s, in ascending time; that of NaN is 0, as torch has it."""
     (t,) = time_tensors([problem.sign * s], dtype, y.device)
     value = problem.event(t, y).item()
-    return (value > 0) - (value < 0) if value == value else math.nan
+    return (value > 0) - (value < 0)
 
 
 def _adaptively(solver: AdaptiveSolver) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def _adaptively(solver: AdaptiveSolver) -> tuple[Tensor, Tensor]:
     times = problem.s[:1].to(dtype)
     solver.start(times)
 
-    def sign() -> float:
+    def sign() -> int:
         return _sign(problem, solver.s, solver.y, dtype)
 
     if sign() == 0:
@@ -61,14 +61,14 @@ def _adaptively(solver: AdaptiveSolver) -> tuple[Tensor, Tensor]:
             rows = solver.rows.k.clone() if step.stop == "jump_t" else solver.rows.k
             solver.advance(step)
     if step is None:
-        # The event function is NaN, or not the same twice: no step to look into.
+        # The event function is not the same twice: there is no step to look into.
         return times[0].new_tensor(solver.s), torch.stack([y0, y0 * math.nan])
     solver.rows.k = rows
     solver.rows.retreat()
     start, end = step.times.start, step.times.end
     step_ends = step.y0.detach(), step.y1.detach()
 
-    def sign_within(s: float) -> float:
+    def sign_within(s: float) -> int:
         y = torch.empty((1, *y0.shape), dtype=y0.dtype, device=y0.device)
         solver.rows.interpolate(*step_ends, step.times.h, [step.times.point(s)], y)
         return _sign(problem, s, y[0], dtype)
@@ -91,8 +91,9 @@ def _on_fixed_grid(solver: FixedGridSolver) -> tuple[Tensor, Tensor]:
     s, dtype = problem.s[0], problem.s.dtype
     round_ = rounding.rounding(dtype)
     grad = torch.is_grad_enabled()
-    graph = grad and (s.requires_grad or getattr(step_size, "requires_grad", False))
-    size, start, y = float(step_size), s.item(), problem.y0
+    graph = grad and (s + step_size).requires_grad
+    size = step_size.item() if isinstance(step_size, Tensor) else float(step_size)
+    start, y = s.item(), problem.y0
     stages = range(solver.tableau.stages)
     before = _sign(problem, start, y, dtype)
     for _ in range(_MAX_FIXED_STEPS):
@@ -114,7 +115,7 @@ def _on_fixed_grid(solver: FixedGridSolver) -> tuple[Tensor, Tensor]:
     def time(found: float) -> Tensor:
         return torch.full((), found, dtype=dtype, device=y.device)
 
-    def sign_within(found: float) -> float:
+    def sign_within(found: float) -> int:
         return _sign(problem, found, interpolate(time(found)), dtype)
 
     event = time(_bisect(sign_within, before, start, end, float(problem.atol), dtype))
@@ -136,8 +137,8 @@ def _within_fixed_step(
 
 @torch.no_grad()
 def _bisect(
-    sign: Callable[[float], float],
-    before: float,
+    sign: Callable[[float], int],
+    before: int,
     start: float,
     end: float,
     tolerance: Any,
