@@ -83,7 +83,7 @@ def odeint_dense(
             step = slice(first, first + 1)
         else:
             step = torch.bucketize(seen.to(inner), inner, right=True).to(starts.device)
-        s = problem.sign * times.reshape(-1).to(starts.device)
+        s = problem.sign * times.reshape(-1).to(starts)
         start, end = starts[step], ends[step]
         x = ((s - start) / (end - start)).to(state_dtype)
         x = x.view(-1, *[1] * problem.y0.dim())
@@ -103,8 +103,9 @@ def _endpoints(y0: Any, t0: float | Tensor, t1: float | Tensor) -> Tensor:
     if isinstance(t0, Tensor):
         return torch.stack([t0, torch.as_tensor(t1, dtype=t0.dtype, device=t0.device)])
     state = y0[0] if isinstance(y0, tuple) and y0 else y0
-    device = getattr(state, "device", "cpu")
-    return torch.stack([torch.as_tensor(t, dtype=torch.float64, device=device) for t in (t0, t1)])
+    device = state.device if isinstance(state, Tensor) else torch.device("cpu")
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    return torch.stack([torch.as_tensor(t, dtype=dtype, device=device) for t in (t0, t1)])
 
 
 def _integrate(solver: AdaptiveSolver) -> tuple[list[tuple], Tensor]:

@@ -51,19 +51,19 @@ def _adaptively(solver: AdaptiveSolver) -> tuple[Tensor, Tensor]:
     if sign() == 0:
         return times[0], torch.stack([y0, y0])
     before = sign()
-    step, rows = None, solver.rows.k
+    step, slopes = None, solver.rows.k
     taken = 0
     while sign() == before:
         step = solver.attempt(taken)
         taken += 1
         if step is not None:
             # The slope beyond a jump takes the place of this step's last one.
-            rows = solver.rows.k.clone() if step.stop == "jump_t" else solver.rows.k
+            slopes = solver.rows.k.clone() if step.stop == "jump_t" else solver.rows.k
             solver.advance(step)
     if step is None:
         # The event function is not the same twice: there is no step to look into.
         return times[0].new_tensor(solver.s), torch.stack([y0, y0 * math.nan])
-    solver.rows.k = rows
+    solver.rows.k = slopes
     solver.rows.retreat()
     start, end = step.times.start, step.times.end
     step_ends = step.y0.detach(), step.y1.detach()
