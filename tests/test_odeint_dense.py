@@ -21,6 +21,7 @@ from problems import (
 )
 
 import pycnf
+from pycnf.odeint import dense
 
 F32, F64 = torch.float32, torch.float64
 
@@ -326,12 +327,10 @@ def test_fixed_methods(method):
 
 
 def test_unknown_method():
-    dense = outcome(
-        lambda: pycnf.odeint_dense(lambda t, y: -y, torch.ones(2), 0.0, 1.0, method="x")
-    )
+    mine = outcome(lambda: pycnf.odeint_dense(lambda t, y: -y, torch.ones(2), 0.0, 1.0, method="x"))
     t = torch.tensor([0.0, 1.0])
-    assert dense == outcome(lambda: pycnf.odeint(lambda t, y: -y, torch.ones(2), t, method="x"))
-    assert raised(dense)
+    assert mine == outcome(lambda: pycnf.odeint(lambda t, y: -y, torch.ones(2), t, method="x"))
+    assert raised(mine)
 
 
 @pytest.mark.parametrize("name", ["t0", "t1"])
@@ -392,3 +391,18 @@ def test_signature_and_warnings():
             )(torch.tensor(0.5))
         texts.append([str(each.message) for each in caught])
     assert texts[0] == texts[1] == ["Dopri5Solver: Unexpected arguments {'unheard_of': 3}"]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "reversed"])
+def test_many_times_are_evaluated_in_pieces(kind, monkeypatch):
+    """With the same values and gradients, a state alone larger than a piece included."""
+    field, y0, t = case(kind)
+    times = torch.linspace(0.25, 2.0, 23, dtype=F64, requires_grad=True)
+    found = []
+    for size in (2**20, 20, 1):
+        monkeypatch.setattr(dense, "_VALUES_AT_ONCE", size)
+        ys = pycnf.odeint_dense(field, y0, t[0], t[-1])(times)
+        found.append((ys, torch.autograd.grad(objective(ys), [times, field.weight])))
+    for ys, grads in found[1:]:
+        assert_close(ys, found[0][0], 0, 0)
+        assert_close(grads, found[0][1], 1e-12, 1e-12)

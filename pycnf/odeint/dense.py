@@ -17,6 +17,9 @@ from pycnf.odeint.problem import make_problem
 from pycnf.odeint.solve import SOLVERS, make_solver
 from pycnf.odeint.stepper import combine
 
+# Values evaluated at once: temporaries beyond come from the system, page by page.
+_VALUES_AT_ONCE = 2**20
+
 
 def odeint_dense(
     func: Callable,
@@ -67,29 +70,38 @@ def odeint_dense(
     solver = make_solver(problem)
     steps, quartics = _integrate(solver)
     starts, ends = (_stacked(each, solver.dtype, problem.y0.device) for each in zip(*steps))
+    lengths = ends - starts
     grid = starts.tolist()
     inner = torch.tensor(grid[1:], dtype=solver.dtype)
     interval = [end.item() if isinstance(end, Tensor) else float(end) for end in (t0, t1)]
+    shape, shapes, sign = problem.y0.shape, problem.shapes, problem.sign
     state_dtype = rounding.real_dtype(problem.y0.dtype)
+    at_once = max(1, _VALUES_AT_ONCE // max(1, shape.numel()))
+
+    def within(step: slice | Tensor, s: Tensor) -> Tensor:
+        x = ((s - starts[step]) / lengths[step]).to(state_dtype).view(-1, *[1] * len(shape))
+        return reference.evaluate_quartic(quartics[:, step].unbind(), x)
 
     def solution(times: float | Tensor) -> Tensor | tuple[Tensor, ...]:
         times = torch.as_tensor(times, dtype=None if isinstance(times, Tensor) else torch.float64)
         # The search runs on the host, so times that come from there cost no synchronization.
         seen = times.detach().cpu()
-        _check_inside(seen, t, interval)
-        seen = problem.sign * seen.reshape(-1)
-        if len(seen) == 1:
-            first = max(bisect.bisect_right(grid, seen.item()) - 1, 0)
-            step = slice(first, first + 1)
+        s = sign * times.reshape(-1).to(starts)
+        if times.numel() == 1:
+            value = seen.item()
+            _check_inside(value, value, seen.dtype, t.dtype, interval)
+            first = max(bisect.bisect_right(grid, sign * value) - 1, 0)
+            y = within(slice(first, first + 1), s)
         else:
-            step = torch.bucketize(seen.to(inner), inner, right=True).to(starts.device)
-        s = problem.sign * times.reshape(-1).to(starts)
-        start, end = starts[step], ends[step]
-        x = ((s - start) / (end - start)).to(state_dtype)
-        x = x.view(-1, *[1] * problem.y0.dim())
-        y = reference.evaluate_quartic(quartics[:, step].unbind(), x)
-        y = y.view(*times.shape, *problem.y0.shape)
-        return y if problem.shapes is None else flat_to_shapes(y, problem.shapes, times.shape)
+            if times.numel():
+                low, high = (extreme.item() for extreme in seen.aminmax())
+                _check_inside(low, high, seen.dtype, t.dtype, interval)
+            seen = sign * seen.reshape(-1).to(inner)
+            step = torch.bucketize(seen, inner, right=True).to(starts.device)
+            pieces = zip(step.split(at_once), s.split(at_once))
+            y = torch.cat([within(some, each) for some, each in pieces])
+        y = y.view(*times.shape, *shape)
+        return y if shapes is None else flat_to_shapes(y, shapes, times.shape)
 
     return solution
 
@@ -148,15 +160,18 @@ def _stacked(
     return torch.stack([number.to(device, dtype) for number in each])
 
 
-def _check_inside(seen: Tensor, t: Tensor, interval: Sequence[float]) -> None:
+def _check_inside(
+    smallest: float,
+    largest: float,
+    dtype: torch.dtype,
+    t_dtype: torch.dtype,
+    interval: Sequence[float],
+) -> None:
     """Compares in the coarser of the two dtypes: 0.1 in float32 lies beyond an end of 0.1."""
-    if not seen.numel():
-        return
-    dtypes = [each for each in (seen.dtype, t.dtype) if each.is_floating_point]
-    round_ = rounding.rounding(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
+    dtypes = [each for each in (dtype, t_dtype) if each.is_floating_point]
+    round_ = rounding.rounding(max(dtypes, key=lambda each: torch.finfo(each).eps))
     low, high = min(interval), max(interval)
-    for extreme in seen.aminmax():
-        value = extreme.item()
+    for value in (smallest, largest):
         if not round_(low) <= round_(value) <= round_(high):
             raise ValueError(
                 f"times must lie in [{low}, {high}], where the solution was computed, got {value}"
