@@ -12,6 +12,7 @@
 
 #include "core/tableau.h"
 #include "torch/cpu_kernels.h"
+#include "torch/grid_loop.h"
 #include "torch/interrupt.h"
 
 namespace py = pybind11;
@@ -106,6 +107,8 @@ PYBIND11_MODULE(_C, m) {
         arg("solution"), arg("error"), arg("h"), arg("rtol"), arg("atol"), arg("segments"),
         arg("ratio"), Unlocked());
   m.def("time_tensors", time_tensors, arg("values"), arg("dtype"), arg("device"), Unlocked());
+
+  pycnf::bind_grid_loop(m);
 
   m.def("instruction_set", [] { return pycnf::cpu_kernels_of_this_machine().instruction_set; });
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Problem:
         y0: state, contiguous; flat [N] for a tuple state.
         shapes: of the parts of a tuple state, None for a tensor state.
         s: times [T], ascending, on y0's device.
+        times: the same as numbers.
         sign: 1, or -1 for descending t.
         rtol, atol: a number or a tensor.
         norm: as the user sees it: of a tensor, or of a tuple of tensors.
@@ -45,6 +47,7 @@ class Problem:
     y0: Tensor
     shapes: list[Size] | None
     s: Tensor
+    times: list[float]
     sign: int
     rtol: Any
     atol: Any
@@ -155,15 +158,16 @@ def make_problem(
         later = f' "{method}" is not in pycnf yet.' if method in NOT_YET else ""
         raise ValueError(f'Invalid method "{method}". Must be one of {names}.{later}')
     norm = options.pop("norm", norm)
-    _check_times(t)
-    sign = -1 if len(t) > 1 and t[0] > t[1] else 1
+    times = _checked_times(t)
+    sign = -1 if len(times) > 1 and times[0] > times[1] else 1
     s = t
     if sign < 0:
         s = -t
+        times = [-value for value in times]
         for name in ("step_t", "jump_t"):
             if isinstance(options.get(name), Tensor):
                 options[name] = -options[name]
-    assert (s[1:] > s[:-1]).all(), "t must be strictly increasing or decreasing"
+    assert all(a < b for a, b in pairwise(times)), "t must be strictly increasing or decreasing"
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
         if isinstance(tolerance, Tensor):
             assert not tolerance.requires_grad, f"{name} cannot require gradient"
@@ -176,8 +180,8 @@ def make_problem(
         warnings.warn(f"Solver '{method}' does not support callbacks {unsupported}", stacklevel=3)
     callbacks = {name: callbacks[name] for name in callbacks if name not in unsupported}
     return Problem(
-        func, y0.contiguous(), shapes, s, sign, rtol, atol, method, options, norm, callbacks,
-        event_fn,
+        func, y0.contiguous(), shapes, s, times, sign, rtol, atol, method, options, norm,
+        callbacks, event_fn,
     )  # fmt: skip
 
 
@@ -207,13 +211,16 @@ def _tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:
     )
 
 
-def _check_times(t: Tensor) -> None:
+def _checked_times(t: Tensor) -> list[float]:
+    """t as numbers."""
     assert isinstance(t, Tensor), "t must be a torch.Tensor"
     if not torch.is_floating_point(t):
         raise TypeError(f"`t` must be a floating point Tensor but is a {t.type()}")
     assert t.ndimension() == 1, "t must be one dimensional"
-    ascending = t[1:] > t[:-1]
-    assert ascending.all() or (~ascending).all(), "t must be strictly increasing or decreasing"
+    times = t.tolist()
+    ascending = [a < b for a, b in pairwise(times)]
+    assert all(ascending) or not any(ascending), "t must be strictly increasing or decreasing"
+    return times
 
 
 def warn_unused(solver: str, unused: dict[str, Any]) -> None:

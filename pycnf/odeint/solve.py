@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pycnf.odeint import rounding
 from pycnf.odeint.adaptive import AdaptiveSolver
+from pycnf.odeint.explicit_grid import ExplicitGridSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
 from pycnf.odeint.tableau import TABLEAUX
@@ -43,7 +44,7 @@ _LABELS = {
 SOLVERS: dict[str, Method] = {
     name: Method(label, AdaptiveSolver, frozenset(CALLBACKS))
     if TABLEAUX[name].adaptive
-    else Method(label, FixedGridSolver, frozenset({"callback_step"}))
+    else Method(label, ExplicitGridSolver, frozenset({"callback_step"}))
     for name, label in _LABELS.items()
 }
 
@@ -62,7 +63,8 @@ def make_solver(problem: Problem, tape: list | None = None) -> AdaptiveSolver | 
             )
         if issubclass(method.solver, FixedGridSolver):
             # Here alone the steps on a grid are counted in the state's dtype, whatever that of t.
-            problem = replace(problem, s=problem.s.to(rounding.real_dtype(problem.y0.dtype)))
+            s = problem.s.to(rounding.real_dtype(problem.y0.dtype))
+            problem = replace(problem, s=s, times=s.tolist())
     return method.solver(problem, TABLEAUX[problem.method], method.label, tape, **problem.options)
 
 

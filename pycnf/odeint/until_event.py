@@ -94,15 +94,13 @@ def _on_fixed_grid(solver: FixedGridSolver) -> tuple[Tensor, Tensor]:
     graph = grad and (s + step_size).requires_grad
     size = step_size.item() if isinstance(step_size, Tensor) else float(step_size)
     start, y = s.item(), problem.y0
-    stages = range(solver.tableau.stages)
     before = _sign(problem, start, y, dtype)
     for _ in range(_MAX_FIXED_STEPS):
         end = round_(start + round_(size))
         ends = Ends(start, end, size, (s, s + step_size) if graph else None)
         if solver.tape is not None:
             solver.tape.append((y, ends))
-        at = None if graph else [solver._stage_time(y, stage, ends) for stage in stages]
-        y1, f0 = solver._step(y, ends, at)
+        y1, f0 = solver._step(y, ends, [])
         if _sign(problem, end, y1, dtype) != before:
             break
         start, y = end, y1
@@ -123,7 +121,7 @@ def _on_fixed_grid(solver: FixedGridSolver) -> tuple[Tensor, Tensor]:
 
 
 def _within_fixed_step(
-    solver: FixedGridSolver, y0: Tensor, y1: Tensor, f0: Tensor | None, ends: Ends
+    solver: FixedGridSolver, y0: Tensor, y1: Tensor, f0: Tensor, ends: Ends
 ) -> Callable[[Tensor], Tensor]:
     """The state at a time within a step; a cubic's slope at the end is evaluated once."""
     if solver.interp != "cubic":
