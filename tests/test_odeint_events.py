@@ -874,3 +874,39 @@ def test_warnings_are_torchdiffeqs():
             )  # fmt: skip
         texts.append([str(each.message) for each in caught])
     assert texts[0] == texts[1] == ["Dopri5Solver: Unexpected arguments {'unheard_of': 3}"]
+
+
+SLOPES = {
+    "another dtype": lambda t, y: -y.double() * t,
+    "another dtype late": lambda t, y: -y.double() if t > 0.5 else -y,
+    "a shape that broadcasts": lambda t, y: -y[:1],
+    "another dtype at a stage": lambda t, y: -y.double() if t != 0.1 else -y,
+    "expanded": lambda t, y: -y[:1].expand(3),
+}
+
+
+@pytest.mark.parametrize("name", SLOPES)
+@pytest.mark.parametrize("method", FIXED)
+def test_slopes_that_ask_for_promotion_on_a_grid(method, name):
+    y0 = torch.tensor([1.0, 2.0, 0.5])
+    t = torch.tensor([0.1, 1.0], dtype=F64)
+    for interp in ("linear", "cubic"):
+        options = {"step_size": 0.07, "interp": interp}
+        problem = (SLOPES[name], y0, t, lambda t, y: y[0] - 0.5)
+        assert_same_event(*both(problem, method=method, options=options, atol=1e-5), 2e-6)
+
+
+@pytest.mark.parametrize("method", FIXED)
+def test_a_graph_that_comes_up_late_on_a_grid(method):
+    """Steps before it are taken without one."""
+    found = []
+    for library in LIBRARIES:
+        rate = torch.tensor(0.7, dtype=F64, requires_grad=True)
+        y0, t = torch.tensor([1.0, 2.0], dtype=F64), torch.tensor([0.1, 1.0], dtype=F64)
+        _, ys = library.odeint(
+            lambda t, y, rate=rate: -y * rate if t > 0.42 else -y, y0, t,
+            event_fn=lambda t, y: y[0] - 0.5, method=method, options={"step_size": 0.05},
+        )  # fmt: skip
+        found.append((ys, *torch.autograd.grad(ys.sum(), rate)))
+    assert found[1][1].abs() > 0.1
+    assert_close(found[0], found[1], 1e-11, 1e-11)

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycnf._ops import time_tensors
+from pycnf._ops import has_kernels, time_tensors
 from pycnf.odeint import rounding
 from pycnf.odeint.adaptive import AdaptiveSolver
+from pycnf.odeint.explicit_grid import ExplicitGridSolver
 from pycnf.odeint.fixed_grid import Ends, FixedGridSolver, cubic_hermite, problem_call
 from pycnf.odeint.problem import Problem
+from pycnf.odeint.stepper import Rows
 
 _MAX_FIXED_STEPS = 20000
 
@@ -94,13 +96,18 @@ def _on_fixed_grid(solver: FixedGridSolver) -> tuple[Tensor, Tensor]:
     graph = grad and (s + step_size).requires_grad
     size = step_size.item() if isinstance(step_size, Tensor) else float(step_size)
     start, y = s.item(), problem.y0
+    compiled = isinstance(solver, ExplicitGridSolver) and has_kernels(y.dtype, y.device)
+    rows = Rows(solver.tableau, y) if compiled else None
     before = _sign(problem, start, y, dtype)
     for _ in range(_MAX_FIXED_STEPS):
         end = round_(start + round_(size))
         ends = Ends(start, end, size, (s, s + step_size) if graph else None)
         if solver.tape is not None:
             solver.tape.append((y, ends))
-        y1, f0 = solver._step(y, ends, [])
+        if rows is None or ends.graph is not None or not _plain(y, problem.y0, grad):
+            y1, f0 = solver._step(y, ends, [])
+        else:
+            y1, f0 = _compiled_step(solver, rows, y, ends)
         if _sign(problem, end, y1, dtype) != before:
             break
         start, y = end, y1
@@ -120,6 +127,31 @@ def _on_fixed_grid(solver: FixedGridSolver) -> tuple[Tensor, Tensor]:
     return event, torch.stack([problem.y0, interpolate(event)])
 
 
+def _plain(x: Tensor, y0: Tensor, grad: bool) -> bool:
+    """Whether the kernels take x for a state like y0, without promotion or a graph."""
+    return x.dtype == y0.dtype and x.device == y0.device and not (grad and x.requires_grad)
+
+
+def _compiled_step(
+    solver: ExplicitGridSolver, rows: Rows, y0: Tensor, ends: Ends
+) -> tuple[Tensor, Tensor]:
+    """A step as `solver._step` takes it, which gets what the field has returned so far as soon as
+    the kernels cannot read that.
+    """
+    problem, grad = solver.problem, torch.is_grad_enabled()
+    h = problem.sign * ends.size
+    y, fresh = y0, []
+    for stage in range(solver.tableau.stages):
+        if stage > 0:
+            y = rows.stage(y0, stage, fresh, h)
+        fresh = problem_call(problem, solver._stage_time(y, stage, ends), y)
+        alike = problem.shapes is not None or fresh[0].shape == y0.shape
+        if not (alike and all(_plain(part, y0, grad) for part in fresh)):
+            done = [[rows.row(each).clone().view_as(y0)] for each in range(stage)]
+            return solver._step(y0, ends, [*done, fresh])
+    return rows.solve(y0, fresh, h), rows.row(0).view_as(y0)
+
+
 def _within_fixed_step(
     solver: FixedGridSolver, y0: Tensor, y1: Tensor, f0: Tensor, ends: Ends
 ) -> Callable[[Tensor], Tensor]:
@@ -128,7 +160,8 @@ def _within_fixed_step(
         return lambda at: solver._interpolate(y0, y1, f0, ends, at)
     problem = solver.problem
     start, end = ends.graph or (problem.s.detach().new_tensor(value) for value in ends[:2])
-    f1 = problem.joined(problem_call(problem, problem.sign * end, y1))
+    t1 = (problem.sign * end).to(rounding.real_dtype(y1.dtype))
+    f1 = problem.joined(problem_call(problem, t1, y1))
     h = problem.sign * (end - start)
     return lambda at: cubic_hermite(y0, y1, f0, f1, h, (at - start) / (end - start))
 
