@@ -42,6 +42,13 @@ def rk_finish(
     segments: Sequence[int],
     ratio: Tensor | None,
 ) -> Tensor: ...
+def rk_combine(
+    y: Tensor,
+    k: Sequence[Tensor],
+    weights: Sequence[float],
+    h: float,
+    h_graph: Tensor | None = None,
+) -> Tensor: ...
 def time_tensors(
     values: Sequence[float], dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]: ...

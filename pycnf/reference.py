@@ -179,6 +179,25 @@ def rk_combine(
     return y + total
 
 
+def broyden_step(residual: Tensor, steps: Sequence[Tensor]) -> Tensor:
+    """The solution of J step = -residual, J being the identity after Broyden's updates by `steps`.
+
+    An update is of rank one and made of a step and the residual behind it alone; so the inverse of
+    J is a product of factors 1 + sⱼ₊₁ sⱼᴴ / |sⱼ|², applied here by one triangular system.
+    """
+    if not steps:
+        return -residual
+    wide = torch.promote_types(residual.dtype, torch.float32)
+    s = torch.stack(list(steps)).to(wide)
+    step = -residual.to(wide)
+    gram = s.conj() @ s.T
+    after = torch.nn.functional.pad(gram[:, 1:], (0, 1)).tril(-1)
+    lower = gram.diagonal().diag() - after
+    along = torch.linalg.solve_triangular(lower, (s.conj() @ step)[:, None], upper=False)[:, 0]
+    step = (step + along[:-1] @ s[1:]) / (1 - along[-1])
+    return step.to(residual.dtype)
+
+
 def time_tensors(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Each value as a 0-dim tensor of its own."""
     return [torch.tensor(value, dtype=dtype, device=device) for value in values]

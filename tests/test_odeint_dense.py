@@ -406,3 +406,10 @@ def test_many_times_are_evaluated_in_pieces(kind, monkeypatch):
     for ys, grads in found[1:]:
         assert_close(ys, found[0][0], 0, 0)
         assert_close(grads, found[0][1], 1e-12, 1e-12)
+
+
+def test_torch_func_is_refused():
+    with pytest.raises(NotImplementedError, match=r"odeint_dense .* torch\.func"):
+        torch.func.vmap(lambda y0: pycnf.odeint_dense(lambda t, y: -y, y0, 0.0, 1.0)(0.5))(
+            torch.ones(2, 3)
+        )

@@ -910,3 +910,20 @@ def test_a_graph_that_comes_up_late_on_a_grid(method):
         found.append((ys, *torch.autograd.grad(ys.sum(), rate)))
     assert found[1][1].abs() > 0.1
     assert_close(found[0], found[1], 1e-11, 1e-11)
+
+
+def test_torch_func_is_refused():
+    """Each element of a batch would have an event of its own."""
+
+    def event_t(y0):
+        return pycnf.odeint(lambda t, y: -y, y0, T, event_fn=lambda t, y: y - 0.5)[0]
+
+    def adjoint_t(y0):
+        return pycnf.odeint_adjoint(
+            lambda t, y: -y, y0, T, event_fn=lambda t, y: y - 0.5, adjoint_params=()
+        )[0]
+
+    for solve_to_event in (event_t, adjoint_t):
+        for transform in (torch.func.vmap, torch.func.grad):
+            with pytest.raises(NotImplementedError, match=r"event_fn .* torch\.func"):
+                transform(solve_to_event)(torch.ones(2, 1, dtype=F64))

@@ -1249,6 +1249,7 @@ GRID, CONTROL = [1.0, 0.4, 0.0], [1e-3, 1e-3, 0.0, 1.0, 0.9, 10.0, 0.2, 100.0]
 TAPE = ops.mlp_solve(X, None, *MLP_SETTINGS, 1.0, 0.0, [], GRID, 0)[3:]
 SAMPLES_TAPE = ops.mlp_samples(X, None, *SAMPLES_SETTINGS, 1.0, 0.0, CONTROL, True)[3:]
 BARS = (X, X[:, 0].unsqueeze(0))
+E6 = torch.linspace(0.1, 0.7, 6, dtype=F64)
 OPCHECK = {
     "rk_stage": (ops.rk_stage, (Y, K, False, [Y], [0.5, 0.25], H)),
     "rk_stage, stored": (ops.rk_stage, (Y.double(), K.double(), True, [], E3, H)),
@@ -1281,6 +1282,8 @@ OPCHECK = {
         (Y.double().view(2, 3).t(), [K[0].double().view(3, 2).requires_grad_()], [0.5], H,
          torch.tensor(H, dtype=F64, requires_grad=True)),
     ),
+    "broyden_step": (ops.broyden_step, (Y, [])),
+    "broyden_step, two": (ops.broyden_step, (Y.double(), [E6, E6.flip(0)])),
     "time_tensors": (ops.time_tensors, ([0.1, 0.2], F32, torch.device("cpu"))),
     "time_tensors, half": (ops.time_tensors, ([0.1], torch.float16, torch.device("cpu"))),
     "probe_keys": (ops.probe_keys, (K,)),

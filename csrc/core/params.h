@@ -95,6 +95,16 @@ struct ProbeParams {
   T* out;  // [K, B, D]
 };
 
+// The next step of Broyden's method from the steps before it, see broyden_step in schema.cpp.
+template <typename T>
+struct BroydenParams {
+  const T* const* steps;  // [count] of [N]
+  int64_t count;
+  const T* residual;  // [N]
+  T* step;            // [N]
+  int64_t size;
+};
+
 // keys[b] = hash of the values of row b; -0 counts as 0.
 template <typename T>
 struct KeyParams {

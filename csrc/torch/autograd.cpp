@@ -75,6 +75,15 @@ at::Tensor rk_combine_autograd(const at::Tensor& y, at::TensorList k, at::ArrayR
                                double h, const std::optional<at::Tensor>& h_graph) {
   TORCH_CHECK(!h_graph.has_value() || h_graph->dim() == 0, "h_graph must be 0-dim, got ",
               h_graph.has_value() ? h_graph->sizes() : at::IntArrayRef());
+  const auto graph = [](const at::Tensor& x) {
+    return x.requires_grad() || x._fw_grad(0).defined();
+  };
+  bool wanted = graph(y) || (h_graph.has_value() && graph(*h_graph));
+  for (const auto& row : k) wanted = wanted || graph(row);
+  if (!wanted) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return combine(y, k, weights, h, h_graph);
+  }
   // Gradients come in y's shape.
   std::vector<at::Tensor> rows = k.vec();
   for (auto& row : rows) {

@@ -69,6 +69,13 @@ at::Tensor rk_finish(const at::Tensor& y0, const at::Tensor& k, bool flip, const
   return op.call(y0, k, flip, fresh, y1, solution, error, h, rtol, atol, segments, ratio);
 }
 
+at::Tensor rk_combine(const at::Tensor& y, const Tensors& k, const Numbers& weights, double h,
+                      const MaybeTensor& h_graph) {
+  static const auto op = find_op<at::Tensor(const at::Tensor&, at::TensorList, at::ArrayRef<double>,
+                                            double, const MaybeTensor&)>("pycnf::rk_combine");
+  return op.call(y, k, weights, h, h_graph);
+}
+
 Tensors time_tensors(const Numbers& values, at::ScalarType dtype, at::Device device) {
   static const auto op =
       find_op<Tensors(at::ArrayRef<double>, at::ScalarType, at::Device)>("pycnf::time_tensors");
@@ -106,6 +113,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("rk_finish", rk_finish, arg("y0"), arg("k"), arg("flip"), arg("fresh"), arg("y1"),
         arg("solution"), arg("error"), arg("h"), arg("rtol"), arg("atol"), arg("segments"),
         arg("ratio"), Unlocked());
+  m.def("rk_combine", rk_combine, arg("y"), arg("k"), arg("weights"), arg("h"),
+        arg("h_graph") = py::none(), Unlocked());
   m.def("time_tensors", time_tensors, arg("values"), arg("dtype"), arg("device"), Unlocked());
 
   pycnf::bind_grid_loop(m);

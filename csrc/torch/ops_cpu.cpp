@@ -118,6 +118,20 @@ at::Tensor rk_combine_cpu(const at::Tensor& y, at::TensorList k, at::ArrayRef<do
   return out;
 }
 
+at::Tensor broyden_step_cpu(const at::Tensor& residual, at::TensorList steps) {
+  check_state(residual, "residual");
+  for (const auto& step : steps) check_like(step, residual, "steps");
+  auto out = at::empty_like(residual);
+  AT_DISPATCH_FLOATING_TYPES(residual.scalar_type(), "broyden_step", [&] {
+    std::vector<const scalar_t*> rows;
+    for (const auto& step : steps) rows.push_back(step.const_data_ptr<scalar_t>());
+    cpu_kernels<scalar_t>().broyden_step({rows.data(), int64_t(rows.size()),
+                                          residual.const_data_ptr<scalar_t>(),
+                                          out.data_ptr<scalar_t>(), residual.numel()});
+  });
+  return out;
+}
+
 // Any device: one copy to it, and a view per value.
 std::vector<at::Tensor> time_tensors(at::ArrayRef<double> values, at::ScalarType dtype,
                                      at::Device device) {
@@ -183,6 +197,7 @@ TORCH_LIBRARY_IMPL(pycnf, CPU, m) {
   m.impl("rk_interpolate", rk_interpolate_cpu);
   m.impl("rk_initial_norms", rk_initial_norms_cpu);
   m.impl("rk_combine", rk_combine_cpu);
+  m.impl("broyden_step", broyden_step_cpu);
   m.impl("probe_keys", probe_keys_cpu);
   m.impl("probe_sample", probe_sample_cpu);
 }

@@ -16,6 +16,7 @@ from pycnf.odeint.norms import flat_to_shapes
 from pycnf.odeint.problem import make_problem
 from pycnf.odeint.solve import SOLVERS, make_solver
 from pycnf.odeint.stepper import combine
+from pycnf.odeint.transforms import transforming
 
 # Values evaluated at once: temporaries beyond come from the system, page by page.
 _VALUES_AT_ONCE = 2**20
@@ -50,7 +51,7 @@ def odeint_dense(
 
     Raises:
         ValueError: method works on a fixed grid, or t0 or t1 is not one number. Otherwise as
-            `odeint`.
+            `odeint`. NotImplementedError: under torch.func's transforms.
 
     Source: Shampine, "Some practical Runge-Kutta formulas", Math. Comp. 46 (1986): the quartic.
 
@@ -60,6 +61,10 @@ def odeint_dense(
         >>> y(torch.tensor([[0.0, 0.5, 1.0]])).shape
         torch.Size([1, 3, 2])
     """
+    if transforming():
+        raise NotImplementedError(
+            "odeint_dense does not work under torch.func's transforms and in forward mode"
+        )
     t = _endpoints(y0, t0, t1)
     problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS)
     if SOLVERS[problem.method].solver is not AdaptiveSolver:

@@ -19,7 +19,8 @@ from pycnf.odeint.adaptive import Accepted, AdaptiveSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
 from pycnf.odeint.norms import AdjointNorm, flat_to_shapes
 from pycnf.odeint.problem import CALLBACKS, Problem, least_event, make_problem
-from pycnf.odeint.solve import SOLVERS, make_solver, solve_without_graph
+from pycnf.odeint.solve import SOLVERS, make_solver, odeint, solve_without_graph
+from pycnf.odeint.transforms import transforming
 from pycnf.odeint.until_event import solve_until_event
 from pycnf.once import raise_if_differentiated
 
@@ -49,7 +50,8 @@ def odeint_adjoint(
     """Like `odeint`, with gradients to y0, t and parameters at constant memory (or a tape of
     accepted steps).
 
-    A drop-in for `torchdiffeq.odeint_adjoint`, and one addition, `gradient`.
+    A drop-in for `torchdiffeq.odeint_adjoint`, and one addition, `gradient`. Under torch.func's
+    transforms and in forward mode it is `odeint`, whose gradient they know.
 
     Args:
         func, y0, t, rtol, atol, method, options, event_fn: as for `odeint`; func is an nn.Module
@@ -128,6 +130,10 @@ def odeint_adjoint(
             "be excluded from the adjoint pass, and will not appear as a tensor in the adjoint "
             "norm.",
             stacklevel=2,
+        )
+    if transforming():
+        return odeint(
+            func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn
         )
     problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS, event_fn)
     if event_fn is not None:

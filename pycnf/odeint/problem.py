@@ -19,10 +19,7 @@ from torch import Size, Tensor
 
 from pycnf.odeint.norms import MixedNorm, RmsNorm, flat_to_shapes, segments_of
 
-NOT_YET = (
-    *("explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver", "implicit_euler"),
-    *("implicit_midpoint", "trapezoid", "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2"),
-)
+NOT_YET = ("explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver")
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
@@ -79,7 +76,10 @@ class Problem:
 
     def as_state(self, fresh: list[Tensor], y: Tensor) -> Tensor:
         """What `call` returned as one tensor like y, with its graph."""
-        return self.joined(fresh).reshape(y.shape).to(y.dtype)
+        f = self.joined(fresh)
+        if f.shape == y.shape and f.dtype == y.dtype:
+            return f
+        return f.reshape(y.shape).to(y.dtype)
 
     def event(self, t: Tensor, y: Tensor) -> Tensor:
         """The event function at (t, y), t as the user counts it."""
@@ -148,7 +148,7 @@ def make_problem(
     if not isinstance(y0, Tensor):
         assert isinstance(y0, tuple), "y0 must be either a torch.Tensor or a tuple"
         shapes = [part.shape for part in y0]
-        rtol, atol = _tuple_tolerance("rtol", rtol, shapes), _tuple_tolerance("atol", atol, shapes)
+        rtol, atol = tuple_tolerance("rtol", rtol, shapes), tuple_tolerance("atol", atol, shapes)
         y0 = torch.cat([part.reshape(-1) for part in y0])
         norm = MixedNorm()
     options = {} if options is None else dict(options)
@@ -194,7 +194,7 @@ def least_event(event_fn: Callable, t0: Tensor, y0: Tensor | tuple[Tensor, ...])
     return lambda t, y: torch.min(event_fn(t, y) * signs)
 
 
-def _tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:
+def tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:
     """A tolerance per part, spread over the values of the state; anything not iterable is left
     alone.
     """

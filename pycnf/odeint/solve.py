@@ -13,8 +13,11 @@ from pycnf.odeint import rounding
 from pycnf.odeint.adaptive import AdaptiveSolver
 from pycnf.odeint.explicit_grid import ExplicitGridSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
+from pycnf.odeint.implicit_grid import IMPLICIT_TABLEAUX, ImplicitGridSolver, ImplicitTableau
+from pycnf.odeint.masked import solve_elements
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
-from pycnf.odeint.tableau import TABLEAUX
+from pycnf.odeint.tableau import TABLEAUX, Tableau
+from pycnf.odeint.transforms import transforming
 from pycnf.odeint.until_event import solve_until_event
 
 
@@ -24,7 +27,8 @@ class Method:
 
     label: str
     solver: type[AdaptiveSolver] | type[FixedGridSolver]
-    callbacks: frozenset[str]
+    tableau: Tableau | ImplicitTableau
+    callbacks: frozenset[str] = frozenset({"callback_step"})
 
 
 _LABELS = {
@@ -41,11 +45,29 @@ _LABELS = {
     "rk4": "RK4",
 }
 
+_IMPLICIT_LABELS = {
+    "implicit_euler": "ImplicitEuler",
+    "implicit_midpoint": "ImplicitMidpoint",
+    "trapezoid": "Trapezoid",
+    "radauIIA3": "RadauIIA3",
+    "gl4": "GaussLegendre4",
+    "radauIIA5": "RadauIIA5",
+    "gl6": "GaussLegendre6",
+    "sdirk2": "SDIRK2",
+    "trbdf2": "TRBDF2",
+}
+
 SOLVERS: dict[str, Method] = {
-    name: Method(label, AdaptiveSolver, frozenset(CALLBACKS))
-    if TABLEAUX[name].adaptive
-    else Method(label, ExplicitGridSolver, frozenset({"callback_step"}))
-    for name, label in _LABELS.items()
+    **{
+        name: Method(label, AdaptiveSolver, TABLEAUX[name], frozenset(CALLBACKS))
+        if TABLEAUX[name].adaptive
+        else Method(label, ExplicitGridSolver, TABLEAUX[name])
+        for name, label in _LABELS.items()
+    },
+    **{
+        name: Method(label, ImplicitGridSolver, IMPLICIT_TABLEAUX[name])
+        for name, label in _IMPLICIT_LABELS.items()
+    },
 }
 
 
@@ -65,7 +87,7 @@ def make_solver(problem: Problem, tape: list | None = None) -> AdaptiveSolver | 
             # Here alone the steps on a grid are counted in the state's dtype, whatever that of t.
             s = problem.s.to(rounding.real_dtype(problem.y0.dtype))
             problem = replace(problem, s=s, times=s.tolist())
-    return method.solver(problem, TABLEAUX[problem.method], method.label, tape, **problem.options)
+    return method.solver(problem, method.tableau, method.label, tape, **problem.options)
 
 
 def odeint(
@@ -83,7 +105,8 @@ def odeint(
 
     A drop-in for `torchdiffeq.odeint`: same arguments, defaults, accepted steps, numbers, errors
     and warnings. Gradients flow through the operations of the solver, those of the first step size
-    included, and can be differentiated again.
+    included, and can be differentiated again. Under `torch.func.vmap` every element takes its own
+    steps and may have its own times, parameters and tolerances; all torch.func transforms nest.
 
     Args:
         func: vector field, called with a 0-dim time in the state's real dtype and a state; returns
@@ -94,10 +117,14 @@ def odeint(
             one number for each part of a tuple.
         method: adaptive "dopri8", "dopri5" (default), "tsit5", "bosh3", "fehlberg2",
             "adaptive_heun"; on a fixed grid "euler", "midpoint", "heun2", "heun3", "rk4" (the 3/8
-            rule).
+            rule); implicit on a fixed grid "implicit_euler", "implicit_midpoint", "trapezoid",
+            "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2". "gl4" has torchdiffeq's
+            times: both stages are evaluated at that of the first, so it is of first order where the
+            field depends on time; "gl6" has the right ones.
         options: adaptive: norm, first_step, safety, ifactor, dfactor, min_step, max_step, step_t,
             jump_t, max_num_steps, dtype (of time); fixed: step_size or grid_constructor, interp
-            ("linear", "cubic"), perturb.
+            ("linear", "cubic"), perturb; implicit also max_iters (100) of Broyden's method, which
+            ends at a residual of 1e-8 (1e-6 in float32) in Euclidean norm, whatever rtol and atol.
         event_fn: of (t, y), a tensor of any shape: the solve ends where a component of it changes
             sign. t is then [start, anything in the direction of time]; a method on a fixed grid
             needs the option step_size.
@@ -115,6 +142,7 @@ def odeint(
         TypeError: t is not floating point.
         ValueError: unknown method, contradicting options, func returns another shape, or event_fn
             is given with other than two times.
+        NotImplementedError: event_fn under torch.func's transforms.
 
     Source: Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, II.4; the methods'
     papers are named in csrc/core/tableau.h.
@@ -126,6 +154,12 @@ def odeint(
         >>> round(y[-1].item(), 6)
         0.367879
     """
+    if transforming():
+        if event_fn is not None:
+            raise NotImplementedError(
+                "event_fn does not work under torch.func's transforms and in forward mode"
+            )
+        return solve_elements(func, y0, t, rtol, atol, method, options, SOLVERS, by_rows=False)
     problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS, event_fn)
     solver = make_solver(problem)
     if event_fn is None:
