@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pycnf.odeint import rounding
 from pycnf.odeint.adaptive import AdaptiveSolver
 from pycnf.odeint.explicit_grid import ExplicitGridSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
@@ -17,6 +18,7 @@ from pycnf.odeint.masked import solve_elements
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
 from pycnf.odeint.tableau import TABLEAUX, Tableau
 from pycnf.odeint.transforms import transforming
+from pycnf.odeint.until_event import solve_until_event
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,21 @@ SOLVERS: dict[str, Method] = {
 
 
 def make_solver(problem: Problem, tape: list | None = None) -> AdaptiveSolver | FixedGridSolver:
-    """The solver of a problem's method with its options."""
+    """The solver of a problem's method with its options.
+
+    Raises:
+        AttributeError: the method knows no events; torchdiffeq's text.
+    """
     method = SOLVERS[problem.method]
+    if problem.event_fn is not None:
+        if not issubclass(method.solver, AdaptiveSolver | FixedGridSolver):
+            raise AttributeError(
+                f"'{method.label}' object has no attribute 'integrate_until_event'"
+            )
+        if issubclass(method.solver, FixedGridSolver):
+            # Here alone the steps on a grid are counted in the state's dtype, whatever that of t.
+            s = problem.s.to(rounding.real_dtype(problem.y0.dtype))
+            problem = replace(problem, s=s, times=s.tolist())
     return method.solver(problem, method.tableau, method.label, tape, **problem.options)
 
 
@@ -84,7 +99,8 @@ def odeint(
     atol: Any = 1e-9,
     method: str | None = None,
     options: dict[str, Any] | None = None,
-) -> Tensor | tuple[Tensor, ...]:
+    event_fn: Callable | None = None,
+) -> Tensor | tuple[Tensor, ...] | tuple[Tensor, Tensor | tuple[Tensor, ...]]:
     """Solves dy/dt = func(t, y), y(t[0]) = y0, and returns y at every time of t.
 
     A drop-in for `torchdiffeq.odeint`: same arguments, defaults, accepted steps, numbers, errors
@@ -109,15 +125,24 @@ def odeint(
             jump_t, max_num_steps, dtype (of time); fixed: step_size or grid_constructor, interp
             ("linear", "cubic"), perturb; implicit also max_iters (100) of Broyden's method, which
             ends at a residual of 1e-8 (1e-6 in float32) in Euclidean norm, whatever rtol and atol.
+        event_fn: of (t, y), a tensor of any shape: the solve ends where a component of it changes
+            sign. t is then [start, anything in the direction of time]; a method on a fixed grid
+            needs the option step_size.
 
     Returns:
-        [T, *y0.shape], or a tuple of such for a tuple state; the first entry is y0.
+        [T, *y0.shape], or a tuple of such for a tuple state; the first entry is y0. With event_fn,
+        (event time, 0-dim in t's dtype; such a solution [2, *y0.shape]); the event time carries no
+        gradient, see `odeint_event`.
 
     Raises:
         AssertionError: t is no ascending or descending 1-D tensor, a tolerance does not fit y0, the
-            step size underflows, the state is not finite, or max_num_steps is exceeded.
+            step size underflows, the state is not finite, max_num_steps is exceeded, or an event
+            is sought on a fixed grid without step_size.
+        RuntimeError: 20000 fixed steps met no event.
         TypeError: t is not floating point.
-        ValueError: unknown method, contradicting options, or func returns another shape.
+        ValueError: unknown method, contradicting options, func returns another shape, or event_fn
+            is given with other than two times.
+        NotImplementedError: event_fn under torch.func's transforms.
 
     Source: Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, II.4; the methods'
     papers are named in csrc/core/tableau.h.
@@ -130,9 +155,17 @@ def odeint(
         0.367879
     """
     if transforming():
+        if event_fn is not None:
+            raise NotImplementedError(
+                "event_fn does not work under torch.func's transforms and in forward mode"
+            )
         return solve_elements(func, y0, t, rtol, atol, method, options, SOLVERS, by_rows=False)
-    problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS)
-    return problem.shaped(make_solver(problem).integrate())
+    problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS, event_fn)
+    solver = make_solver(problem)
+    if event_fn is None:
+        return problem.shaped(solver.integrate())
+    event, solution = solve_until_event(solver)
+    return problem.event_time(event), problem.shaped(solution)
 
 
 def solve_without_graph(problem: Problem, tape: list | None = None) -> Tensor:
