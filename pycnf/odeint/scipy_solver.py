@@ -80,13 +80,14 @@ class ScipySolver:
         if not found.success:
             raise RuntimeError(f"scipy_solver: {self.solver} failed: {found.message}")
         states = torch.tensor(found.y).T.to(y0.device, y0.dtype)
-        return states.reshape(-1, *y0.shape)
+        return states.reshape(len(s), *y0.shape)
 
     def _field(self, s: float, state: np.ndarray) -> np.ndarray:
         """d/ds of the state, flat, from the field at the user's time."""
         problem = self.problem
         y0 = problem.y0
-        t = torch.tensor(problem.sign * s, device=y0.device, dtype=rounding.real_dtype(y0.dtype))
+        # As in torchdiffeq, a Python float, which LSODA gives, passes through torch's default dtype.
+        t = torch.tensor(problem.sign * s).to(y0.device, rounding.real_dtype(y0.dtype))
         y = torch.tensor(state).to(y0.device, y0.dtype).reshape(y0.shape)
         with torch.no_grad():
             slope = problem.joined(problem_call(problem, t, y))
