@@ -86,7 +86,7 @@ class ScipySolver:
         """d/ds of the state, flat, from the field at the user's time."""
         problem = self.problem
         y0 = problem.y0
-        # As in torchdiffeq, a Python float, which LSODA gives, passes through torch's default dtype.
+        # As in torchdiffeq, a Python float, LSODA's, passes through torch's default dtype.
         t = torch.tensor(problem.sign * s).to(y0.device, rounding.real_dtype(y0.dtype))
         y = torch.tensor(state).to(y0.device, y0.dtype).reshape(y0.shape)
         with torch.no_grad():
