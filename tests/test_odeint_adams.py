@@ -109,9 +109,9 @@ def test_sums_add_in_order(terms, dtype):
 
 OPTIONS = {
     "output times": {},
-    "step_size": {"step_size": 0.043},
-    "perturb": {"perturb": True, "step_size": 0.05},
-    "cubic": {"interp": "cubic", "step_size": 0.06},
+    "step_size": {"step_size": 0.083},
+    "perturb": {"perturb": True, "step_size": 0.09},
+    "cubic": {"interp": "cubic", "step_size": 0.09},
     "max_order 4": {"max_order": 4},
     "max_order 7": {"max_order": 7.9, "max_iters": 2},
 }
@@ -123,12 +123,11 @@ OPTIONS = {
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize("method", ADAMS)
 def test_same_bits(method, dtype, t_dtype, reverse, options):
-    t = torch.linspace(0, 1.3, 24, dtype=t_dtype)
+    t = torch.linspace(0, 1.3, 18, dtype=t_dtype)
     t = t.flip(0) if reverse else t
-    for shape in ((), (1,), (5, 3), (64, 2)):
-        for tolerance in (1e-7, 1e-3):
-            keywords = {"rtol": tolerance, "atol": tolerance, "options": options}
-            _, calls, _ = assert_same(decay, state(dtype, *shape), t, method=method, **keywords)
+    for shape, tolerance in (((), 1e-7), ((1,), 1e-3), ((5, 3), 1e-7), ((64, 2), 1e-3)):
+        keywords = {"rtol": tolerance, "atol": tolerance, "options": options}
+        _, calls, _ = assert_same(decay, state(dtype, *shape), t, method=method, **keywords)
     steps = len(solved(torchdiffeq, decay, state(F64, 2), t, method="euler", options=options)[1])
     assert len(calls) >= steps
 
@@ -138,7 +137,7 @@ def test_same_bits(method, dtype, t_dtype, reverse, options):
 @pytest.mark.parametrize("method", ADAMS)
 def test_problems(method, dtype, name):
     field, y0, t = PROBLEMS[name](dtype)
-    step = (t[-1] - t[0]).abs().item() / 70
+    step = (t[-1] - t[0]).abs().item() / 40
     options = {"step_size": step}
     assert_same(field, y0, t, method=method, rtol=1e-4, atol=1e-5, options=options)
 
@@ -252,7 +251,7 @@ def test_large_state(dtype):
     t = torch.linspace(0, 1, 13)
     for method in ADAMS:
         keywords = {"rtol": 1e-3, "atol": 1e-3, "method": method}
-        assert_same(decay, state(dtype, 211, 401), t, **keywords)
+        assert_same(decay, state(dtype, 101, 401), t, **keywords)
 
 
 # --- options, warnings, errors ----------------------------------------------------------------

@@ -196,8 +196,9 @@ class AdamsBashforthMoulton(AdamsBashforth):
             raise ValueError(f"max_iters must be at least 1, got {self.max_iters}")
         y0 = problem.y0
         self.ops: Any = kernels(y0)
-        self.row = torch.empty(1, y0.numel(), dtype=y0.dtype, device=y0.device)
-        self.ratio = torch.empty_like(y0)
+        self.zero, self.ratio = torch.zeros_like(y0), torch.empty_like(y0)
+        self.rows = torch.empty(2, y0.numel(), dtype=y0.dtype, device=y0.device)
+        self.known_row, self.error_row = self.rows[0].view_as(y0), torch.empty_like(self.rows[:1])
         plain = self.rtol.dim() == 0 and self.atol.dim() == 0 and y0.numel() > 0
         self.tolerances = (
             [x.to("cpu", torch.float64) for x in (self.rtol, self.atol)]
@@ -211,27 +212,31 @@ class AdamsBashforthMoulton(AdamsBashforth):
         newest, *others = adams_weights(len(self.slopes) + 1, True)
         alike = self.alike and ends.graph is None
         if alike:
-            h, zero = problem.sign * ends.size, torch.zeros_like(y0)
-            change = sum_in_order(zero, [h * weight for weight in predictor], self.slopes)
-            known = h * sum_in_order(zero, others, self.slopes)
+            h = problem.sign * ends.size
+            change = sum_in_order(self.zero, [h * weight for weight in predictor], self.slopes)
+            known = sum_in_order(self.zero, others, self.slopes)
         else:
             h = self._h(ends)
             change = self._sum_by_promotion(y0, h * self._float64(predictor))
-            known = h * self._sum_by_promotion(y0, self._float64(others))
+            known = self._sum_by_promotion(y0, self._float64(others))
             newest = self._float64(newest)
         weight = h * newest
+        graph = torch.is_grad_enabled() and known.requires_grad
+        if alike and not graph:
+            self.known_row.copy_(known)
         for _ in range(self.max_iters):
             before, y = change, y0 + change
             f = problem.joined(problem_call(problem, self._time(3, y, ends, times), y))
             alike = alike and _like(f, y0)
+            graph = graph or (torch.is_grad_enabled() and f.requires_grad)
             if not alike:
                 weight = torch.as_tensor(weight, dtype=torch.float64)
-                change = (weight * f).to(y0.dtype) + known
-            elif torch.is_grad_enabled() and (f.requires_grad or known.requires_grad):
-                change = sum_in_order(known, [weight], [f])
+                change = (weight * f).to(y0.dtype) + h * known
+            elif graph:
+                change = sum_in_order(self.zero, [h, weight], [known, f])
             else:
-                change = self.ops.rk_stage(known, self.row, False, [f], [weight], 1.0)
-            if self._converged(before.detach(), change.detach(), alike):
+                change = self.ops.rk_stage(self.zero, self.rows, False, [f], [h, weight], 1.0)
+            if self._converged(before, change, alike):
                 break
         else:
             warnings.warn(
@@ -248,10 +253,10 @@ class AdamsBashforthMoulton(AdamsBashforth):
             ratio = error.abs() / (self.atol + self.rtol * size)
             return bool((ratio.abs() < 1).all())
         n = error.numel()
-        rms = self.ops.rk_finish(
-            before, self.row, False, [error], change, [], [1.0], 1.0, *self.tolerances, [0, n],
-            self.ratio,
-        )[0].item()  # fmt: skip
+        rms, _ = self.ops.rk_finish(
+            before, self.error_row, False, [error], change, [], [1.0], 1.0, *self.tolerances,
+            [0, n], self.ratio,
+        ).tolist()  # fmt: skip
         # The largest ratio lies between rms and rms √n: most often that decides.
         if rms * math.sqrt(n) < 0.999:
             return True

@@ -275,6 +275,8 @@ class FixedGridSolver:
         dtype = rounding.real_dtype(y.dtype)
         round_ = self.round
         on_grid = self._ends_on_grid(c)
+        # Torch multiplies halves by a number in float32.
+        c = rounding.rounding(torch.promote_types(problem.s.dtype, torch.float32))(c)
         s = ends.end if on_grid else round_(ends.start + round_(c * ends.size))
         s = rounding.rounding(dtype)(s)
         if self.perturb and stage == 0:
