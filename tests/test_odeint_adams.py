@@ -13,6 +13,7 @@ from torchdiffeq._impl.fixed_adams import _BASHFORTH_DIVISOR, _MOULTON_DIVISOR
 
 import pycnf
 from pycnf.odeint.adams import adams_weights, sum_in_order
+from pycnf.odeint.slopes import SlopeWindow
 
 F32, F64 = torch.float32, torch.float64
 ADAMS = ("explicit_adams", "implicit_adams")
@@ -103,6 +104,23 @@ def test_sums_add_in_order(terms, dtype):
     if terms > 5:
         others = sum_in_order(start, weights[::-1], rows[::-1])
         assert not torch.equal(others, start + total), "any order would do"
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_window_adds_in_order(dtype):
+    """At every place of the window, for every number of slopes, over several returns to the top."""
+    window, slopes = SlopeWindow(state(dtype, 5, 7)), []
+    weights = state(dtype, 11, 2)[:, 0].tolist()
+    start = state(dtype, 5, 7)
+    for step in range(120):
+        slopes.insert(0, state(dtype, step + 1, 5, 7)[step] * 10.0 ** (step % 5))
+        window.push(slopes[0])
+        for terms in {1 + step % 11, 3 + step % 9, min(step + 1, 11)}:
+            total = 0
+            for weight, slope in zip(weights[:terms], slopes):
+                total = total + weight * slope
+            if terms <= len(slopes):
+                assert torch.equal(window.sum(start, weights[:terms]), start + total), (step, terms)
 
 
 # --- the same bits ----------------------------------------------------------------------------
@@ -392,6 +410,25 @@ def test_first_and_second_gradients(method, with_times, reverse, options):
     for x, y in zip(sum(my_grads, ()), sum(their_grads, ()), strict=True):
         assert y.abs().max() > 0
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9 * y.abs().max().item())
+
+
+@pytest.mark.parametrize("since", [-1.0, 0.5, 2.0])
+@pytest.mark.parametrize("method", ADAMS)
+def test_slopes_with_a_graph_and_without(method, since):
+    """The state's gradient where the field ignores it, a parameter's from some time on."""
+
+    def run(library):
+        y0 = state(F64, 4, 3).requires_grad_()
+        weight = torch.ones((), dtype=F64, requires_grad=True)
+        y = library.odeint(
+            lambda t, y: torch.ones(4, 3, dtype=F64) * (weight if t > since else 1.0) * t,
+            y0, torch.linspace(0, 1, 20, dtype=F64), method=method, rtol=1e-6,
+        )  # fmt: skip
+        inputs = (y0, weight) if since < 1 else (y0,)
+        return y, *torch.autograd.grad((y**2).sum(), inputs)
+
+    for mine, theirs in zip(run(pycnf), run(torchdiffeq), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["ascending", "descending"])

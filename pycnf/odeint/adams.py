@@ -23,10 +23,13 @@ from pycnf import reference
 from pycnf._ops import kernels
 from pycnf.odeint.fixed_grid import Ends, FixedGridSolver, problem_call
 from pycnf.odeint.problem import Problem
+from pycnf.odeint.slopes import SlopeWindow
 from pycnf.odeint.tableau import TABLEAUX, Tableau
 
 _MIN_ORDER = 4
 _MAX_ORDER = 12
+# Values of a state up to which the time of a step is that of calls, not of arithmetic.
+_SMALL = 16384
 
 
 @functools.cache
@@ -127,6 +130,8 @@ class AdamsBashforth(FixedGridSolver):
         self.newest: float | None = None
         # Whether kernels can add the slopes: no dtype or shape has asked for promotion so far.
         self.alike = kernels(y0) is not reference and y0.dim() > 0
+        # As long as no slope has a graph either.
+        self.window = SlopeWindow(y0) if self.alike and 0 < y0.numel() <= _SMALL else None
 
     def _step(
         self, y0: Tensor, ends: Ends, times: list[Tensor] | None
@@ -135,8 +140,12 @@ class AdamsBashforth(FixedGridSolver):
             times = None
         f0 = self._slope(0, y0, ends, times)
         self.alike = self.alike and _like(f0, y0) and _like(y0, self.problem.y0)
+        if not self.alike or (f0.requires_grad and torch.is_grad_enabled()):
+            self.window = None
         if self.newest != ends.start:
             self.slopes.appendleft(f0)
+            if self.window is not None:
+                self.window.push(f0)
             self.newest = ends.start
         if len(self.slopes) < _MIN_ORDER - 1:
             return y0 + self._rk4(y0, ends, times), f0
@@ -147,8 +156,14 @@ class AdamsBashforth(FixedGridSolver):
         weights = adams_weights(len(self.slopes), False)
         if self.alike and ends.graph is None:
             h = self.problem.sign * ends.size
-            return sum_in_order(y0, [h * weight for weight in weights], self.slopes)
+            return self._sum(y0, [h * weight for weight in weights])
         return y0 + self._sum_by_promotion(y0, self._h(ends) * self._float64(weights))
+
+    def _sum(self, start: Tensor, weights: Sequence[float]) -> Tensor:
+        """start + Σ wⱼ fⱼ, newest first, of slopes that kernels can add."""
+        if self.window is None or (start.requires_grad and torch.is_grad_enabled()):
+            return sum_in_order(start, weights, self.slopes)
+        return self.window.sum(start, weights)
 
     def _slope(self, stage: int, y: Tensor, ends: Ends, times: list[Tensor] | None) -> Tensor:
         """The field at a stage of rk4, in a tensor that the field does not use again."""
@@ -213,8 +228,8 @@ class AdamsBashforthMoulton(AdamsBashforth):
         alike = self.alike and ends.graph is None
         if alike:
             h = problem.sign * ends.size
-            change = sum_in_order(self.zero, [h * weight for weight in predictor], self.slopes)
-            known = sum_in_order(self.zero, others, self.slopes)
+            change = self._sum(self.zero, [h * weight for weight in predictor])
+            known = self._sum(self.zero, others)
         else:
             h = self._h(ends)
             change = self._sum_by_promotion(y0, h * self._float64(predictor))
