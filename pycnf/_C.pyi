@@ -48,6 +48,7 @@ def rk_combine(
     weights: Sequence[float],
     h: float,
     h_graph: Tensor | None = None,
+    ordered: bool = False,
 ) -> Tensor: ...
 def time_tensors(
     values: Sequence[float], dtype: torch.dtype, device: torch.device

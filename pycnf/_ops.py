@@ -159,7 +159,12 @@ def _(y0: Tensor, *args: Any) -> Tensor:
 
 @register_fake("pycnf::rk_combine")
 def _(
-    y: Tensor, k: Sequence[Tensor], weights: Any, h: float, h_graph: Tensor | None = None
+    y: Tensor,
+    k: Sequence[Tensor],
+    weights: Any,
+    h: float,
+    h_graph: Tensor | None = None,
+    ordered: bool = False,
 ) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 

@@ -169,14 +169,17 @@ def rk_combine(
     weights: Sequence[float],
     h: float,
     h_graph: Tensor | None = None,
+    ordered: bool = False,
 ) -> Tensor:
-    """y + h Σ wⱼ kⱼ, differentiable in y, k and h_graph (a 0-dim tensor equal to h)."""
+    """y + h Σ wⱼ kⱼ, differentiable in y, k and h_graph (a 0-dim tensor equal to h); `ordered`: as
+    ((w₀ k₀ + w₁ k₁) + w₂ k₂) + ..., each operation rounded.
+    """
     if h_graph is None:
         coefficients = _coefficients(weights, h, y)
     else:
         coefficients = torch.tensor(list(weights), dtype=y.dtype, device=y.device) * h_graph
-    total = (torch.stack([row.view_as(y) for row in k], -1) * coefficients).sum(-1)
-    return y + total
+    rows = torch.stack([row.view_as(y) for row in k], -1) * coefficients
+    return y + (sum(rows.unbind(-1)) if ordered else rows.sum(-1))
 
 
 def broyden_step(residual: Tensor, steps: Sequence[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ struct WeightedRows {
   const T* rows[kMaxStages];  // each [N]
   T weights[kMaxStages];
   int count;
+  bool ordered;  // summed in the order of the rows, not in that of rk.h
 };
 
 // out = y0 + sum of weighted rows. When `fresh` is set, the newest row (rows[count - 1]) has not

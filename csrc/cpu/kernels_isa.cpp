@@ -31,7 +31,7 @@ void weighted_sum(const WeightedRows<T>& terms, int64_t begin, int length, T* __
   for (int j = 0; j < terms.count; ++j) {
     const T weight = terms.weights[j];
     if (weight == T(0)) continue;
-    const int group = sum_group<T>(j, terms.count);
+    const int group = terms.ordered ? 0 : sum_group<T>(j, terms.count);
     T* __restrict partial = groups[group].value;
     const T* __restrict row = terms.rows[j] + begin;
     if (used[group]) {

@@ -146,11 +146,13 @@ inline std::vector<at::Tensor> combine_rows(const at::Tensor& y0, at::TensorList
 
 template <typename T>
 StageParams<T> combine_params(const at::Tensor& y0, const std::vector<at::Tensor>& rows,
-                              at::ArrayRef<double> weights, double h, const at::Tensor& out) {
+                              at::ArrayRef<double> weights, double h, bool ordered,
+                              const at::Tensor& out) {
   StageParams<T> p = {};
   p.y0 = y0.const_data_ptr<T>();
   p.out = out.data_ptr<T>();
   p.terms.count = int(rows.size());
+  p.terms.ordered = ordered;
   for (int j = 0; j < p.terms.count; ++j) {
     p.terms.rows[j] = rows[j].const_data_ptr<T>();
     p.terms.weights[j] = T(weights[j]) * T(h);

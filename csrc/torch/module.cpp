@@ -70,10 +70,10 @@ at::Tensor rk_finish(const at::Tensor& y0, const at::Tensor& k, bool flip, const
 }
 
 at::Tensor rk_combine(const at::Tensor& y, const Tensors& k, const Numbers& weights, double h,
-                      const MaybeTensor& h_graph) {
+                      const MaybeTensor& h_graph, bool ordered) {
   static const auto op = find_op<at::Tensor(const at::Tensor&, at::TensorList, at::ArrayRef<double>,
-                                            double, const MaybeTensor&)>("pycnf::rk_combine");
-  return op.call(y, k, weights, h, h_graph);
+                                            double, const MaybeTensor&, bool)>("pycnf::rk_combine");
+  return op.call(y, k, weights, h, h_graph, ordered);
 }
 
 Tensors time_tensors(const Numbers& values, at::ScalarType dtype, at::Device device) {
@@ -114,7 +114,7 @@ PYBIND11_MODULE(_C, m) {
         arg("solution"), arg("error"), arg("h"), arg("rtol"), arg("atol"), arg("segments"),
         arg("ratio"), Unlocked());
   m.def("rk_combine", rk_combine, arg("y"), arg("k"), arg("weights"), arg("h"),
-        arg("h_graph") = py::none(), Unlocked());
+        arg("h_graph") = py::none(), arg("ordered") = false, Unlocked());
   m.def("time_tensors", time_tensors, arg("values"), arg("dtype"), arg("device"), Unlocked());
 
   pycnf::bind_grid_loop(m);

@@ -105,12 +105,12 @@ at::Tensor rk_initial_norms_cpu(const at::Tensor& y0, const at::Tensor& f0,
 }
 
 at::Tensor rk_combine_cpu(const at::Tensor& y, at::TensorList k, at::ArrayRef<double> weights,
-                          double h, const std::optional<at::Tensor>&) {
+                          double h, const std::optional<at::Tensor>&, bool ordered) {
   const auto y0 = y.contiguous();
   const auto rows = combine_rows(y0, k, weights);
   auto out = at::empty_like(y0);
   AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_combine", [&] {
-    const auto p = combine_params<scalar_t>(y0, rows, weights, h, out);
+    const auto p = combine_params<scalar_t>(y0, rows, weights, h, ordered, out);
     const auto& table = cpu_kernels<scalar_t>();
     at::parallel_for(0, y0.numel(), kGrain,
                      [&](int64_t begin, int64_t end) { table.stage(p, begin, end); });

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pycnf._ops import time_tensors
 from pycnf.odeint import rounding
 from pycnf.odeint.norms import flat_to_shapes
 from pycnf.odeint.problem import Problem, warn_unused
@@ -181,7 +182,7 @@ class FixedGridSolver(abc.ABC):
         size; s is a number of that dtype.
         """
         sign, dtype = self.problem.sign, rounding.real_dtype(y.dtype)
-        value = torch.full((), sign * s, dtype=dtype, device=y.device)
+        (value,) = time_tensors([sign * s], dtype, y.device)
         if ends.graph is None:
             return value
         graph = sign * (ends.graph[0] + c * ends.size_graph).to(dtype)

@@ -19,7 +19,6 @@ from torch import Size, Tensor
 
 from pycnf.odeint.norms import MixedNorm, RmsNorm, flat_to_shapes, segments_of
 
-NOT_YET = ("explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver")
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
@@ -155,8 +154,7 @@ def make_problem(
     method = "dopri5" if method is None else method
     if method not in solvers:
         names = '{"' + '", "'.join(solvers) + '"}'
-        later = f' "{method}" is not in pycnf yet.' if method in NOT_YET else ""
-        raise ValueError(f'Invalid method "{method}". Must be one of {names}.{later}')
+        raise ValueError(f'Invalid method "{method}". Must be one of {names}.')
     norm = options.pop("norm", norm)
     times = _checked_times(t)
     sign = -1 if len(times) > 1 and times[0] > times[1] else 1

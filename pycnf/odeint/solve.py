@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from pycnf.odeint import rounding
+from pycnf.odeint.adams import AdamsBashforth, AdamsBashforthMoulton
 from pycnf.odeint.adaptive import AdaptiveSolver
 from pycnf.odeint.explicit_grid import ExplicitGridSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
 from pycnf.odeint.implicit_grid import IMPLICIT_TABLEAUX, ImplicitGridSolver, ImplicitTableau
 from pycnf.odeint.masked import solve_elements
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
+from pycnf.odeint.scipy_solver import ScipySolver
 from pycnf.odeint.tableau import TABLEAUX, Tableau
 from pycnf.odeint.transforms import transforming
 from pycnf.odeint.until_event import solve_until_event
@@ -26,8 +28,8 @@ class Method:
     """What stands behind a method's name; `label` is torchdiffeq's class, named in warnings."""
 
     label: str
-    solver: type[AdaptiveSolver] | type[FixedGridSolver]
-    tableau: Tableau | ImplicitTableau
+    solver: type[AdaptiveSolver] | type[FixedGridSolver] | type[ScipySolver]
+    tableau: Tableau | ImplicitTableau | None
     callbacks: frozenset[str] = frozenset({"callback_step"})
 
 
@@ -64,14 +66,20 @@ SOLVERS: dict[str, Method] = {
         else Method(label, ExplicitGridSolver, TABLEAUX[name])
         for name, label in _LABELS.items()
     },
+    "explicit_adams": Method("AdamsBashforth", AdamsBashforth, TABLEAUX["rk4"]),
+    "implicit_adams": Method("AdamsBashforthMoulton", AdamsBashforthMoulton, TABLEAUX["rk4"]),
     **{
         name: Method(label, ImplicitGridSolver, IMPLICIT_TABLEAUX[name])
         for name, label in _IMPLICIT_LABELS.items()
     },
+    "fixed_adams": Method("AdamsBashforthMoulton", AdamsBashforthMoulton, TABLEAUX["rk4"]),
+    "scipy_solver": Method("ScipyWrapperODESolver", ScipySolver, None, frozenset()),
 }
 
 
-def make_solver(problem: Problem, tape: list | None = None) -> AdaptiveSolver | FixedGridSolver:
+def make_solver(
+    problem: Problem, tape: list | None = None
+) -> AdaptiveSolver | FixedGridSolver | ScipySolver:
     """The solver of a problem's method with its options.
 
     Raises:
@@ -120,11 +128,15 @@ def odeint(
             rule); implicit on a fixed grid "implicit_euler", "implicit_midpoint", "trapezoid",
             "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2". "gl4" has torchdiffeq's
             times: both stages are evaluated at that of the first, so it is of first order where the
-            field depends on time; "gl6" has the right ones.
+            field depends on time; "gl6" has the right ones. Multistep methods that start with rk4:
+            "explicit_adams", "implicit_adams" (also "fixed_adams"). "scipy_solver":
+            `scipy.integrate.solve_ivp`, whose result has no graph.
         options: adaptive: norm, first_step, safety, ifactor, dfactor, min_step, max_step, step_t,
             jump_t, max_num_steps, dtype (of time); fixed: step_size or grid_constructor, interp
             ("linear", "cubic"), perturb; implicit also max_iters (100) of Broyden's method, which
-            ends at a residual of 1e-8 (1e-6 in float32) in Euclidean norm, whatever rtol and atol.
+            ends at a residual of 1e-8 (1e-6 in float32) in Euclidean norm, whatever rtol and atol;
+            Adams also max_order (12), and max_iters (4) of the corrector, which ends where rtol and
+            atol are met; SciPy: solver ("LSODA"), min_step, max_step.
         event_fn: of (t, y), a tensor of any shape: the solve ends where a component of it changes
             sign. t is then [start, anything in the direction of time]; a method on a fixed grid
             needs the option step_size.
