@@ -1,10 +1,10 @@
 """Fast continuous normalizing flows: compiled solvers, exact gradients, a drop-in torchdiffeq."""
 
-from pycnf import nn
+from pycnf import compat, nn
 from pycnf._build import build_info
 from pycnf.flows import CNF
 from pycnf.odeint import odeint, odeint_adjoint
 
 __version__ = "0.1.0"
 
-__all__ = ["CNF", "build_info", "nn", "odeint", "odeint_adjoint"]
+__all__ = ["CNF", "build_info", "compat", "nn", "odeint", "odeint_adjoint"]

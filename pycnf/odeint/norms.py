@@ -94,8 +94,22 @@ class AdjointNorm:
         return pairs + _pairs(shapes[3:], 1 + 2 * size) if self.parameters else pairs
 
 
+class FlatNorm:
+    """A norm of tuples as a norm of flat states."""
+
+    def __init__(self, norm: Callable, shapes: Sequence[Size]) -> None:
+        self.norm, self.shapes = norm, shapes
+
+    def __call__(self, flat: Tensor) -> Tensor | float:
+        return self.norm(flat_to_shapes(flat, self.shapes))
+
+    def segments(self, shapes: Sequence[Size]) -> list[int] | None:
+        """Those of the norm of tuples."""
+        return segments_of(self.norm, self.shapes)
+
+
 def segments_of(norm: Callable, shapes: Sequence[Size]) -> list[int] | None:
     """Pairs (begin, end) of a norm that the kernels compute, None for any other."""
-    if isinstance(norm, RmsNorm | MixedNorm | AdjointNorm):
+    if isinstance(norm, RmsNorm | MixedNorm | AdjointNorm | FlatNorm):
         return norm.segments(shapes)
     return None

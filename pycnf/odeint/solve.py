@@ -13,6 +13,7 @@ from pycnf.odeint.adaptive import AdaptiveSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
 from pycnf.odeint.tableau import TABLEAUX
+from pycnf.odeint.user_solver import UserSolver, make_user_solver
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Method:
     label: str
     solver: type[AdaptiveSolver] | type[FixedGridSolver]
     callbacks: frozenset[str]
+
+    def valid_callbacks(self) -> frozenset[str]:
+        """The callbacks that the method knows; classes of the user's have this too."""
+        return self.callbacks
 
 
 _LABELS = {
@@ -38,7 +43,8 @@ _LABELS = {
     "rk4": "RK4",
 }
 
-SOLVERS: dict[str, Method] = {
+# A class of the user's may be entered beside pycnf's methods, see `user_solver`.
+SOLVERS: dict[str, Method | type] = {
     name: Method(label, AdaptiveSolver, frozenset(CALLBACKS))
     if TABLEAUX[name].adaptive
     else Method(label, FixedGridSolver, frozenset({"callback_step"}))
@@ -46,9 +52,13 @@ SOLVERS: dict[str, Method] = {
 }
 
 
-def make_solver(problem: Problem, tape: list | None = None) -> AdaptiveSolver | FixedGridSolver:
+def make_solver(
+    problem: Problem, tape: list | None = None
+) -> AdaptiveSolver | FixedGridSolver | UserSolver:
     """The solver of a problem's method with its options."""
     method = SOLVERS[problem.method]
+    if not isinstance(method, Method):
+        return make_user_solver(method, problem, tape)
     return method.solver(problem, TABLEAUX[problem.method], method.label, tape, **problem.options)
 
 
