@@ -52,11 +52,11 @@ class ReverseField(nn.Module):
         return self.mul * self.base_func(-t, y)
 
 
-def next_to(t: Tensor, toward: Tensor) -> Tensor:
-    """The number next to t in the direction of `toward`, with t's gradient."""
+def next_to(x1: Tensor, x2: Tensor) -> Tensor:
+    """The number next to x1 in the direction of x2, with x1's gradient."""
     with torch.no_grad():
-        value = torch.nextafter(t, toward)
-    return t + (value - t).detach() if t.requires_grad else value
+        value = torch.nextafter(x1, x2)
+    return x1 + (value - x1).detach() if x1.requires_grad else value
 
 
 class PerturbedField(nn.Module):

@@ -84,7 +84,19 @@ class OdeintAdjointMethod(torch.autograd.Function):
             event_t, *params = params
             times = torch.stack([t[0], event_t.to(t)])
         solve = SimpleNamespace(
-            problem=Problem(ctx.func, y[0], None, times, 1, None, None, "", {}, _mixed_norm, {}),
+            problem=Problem(
+                func=ctx.func,
+                y0=y[0],
+                shapes=None,
+                s=times,
+                sign=1,
+                rtol=None,
+                atol=None,
+                method="",
+                options={},
+                norm=_mixed_norm,
+                callbacks={},
+            ),
             backward_arguments=dict(
                 rtol=ctx.adjoint_rtol, atol=ctx.adjoint_atol, method=ctx.adjoint_method
             ),

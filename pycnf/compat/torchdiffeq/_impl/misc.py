@@ -70,7 +70,7 @@ class _TupleInputOnlyFunc(nn.Module):
         return self.base_func(t, flat_to_shapes(y, self.shapes))
 
 
-# ---- norms; the kernels know the first two --------------------------------------------------------
+# ---- norms; the kernels know the first two -------------------------------------------------------
 
 _rms_norm = RmsNorm()
 _mixed_norm = MixedNorm()

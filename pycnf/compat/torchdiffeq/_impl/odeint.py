@@ -51,11 +51,22 @@ class _Solvers(dict):
         self.update(others)
         return self
 
-    # dict's own would pass by the two above.
+    def pop(self, name: str, *default: Any) -> Any:
+        if default and name not in self:
+            return default[0]
+        solver = self[name]
+        del self[name]
+        return solver
+
+    def popitem(self) -> tuple[str, Any]:
+        if not self:
+            raise KeyError("no solver is left")
+        name = next(reversed(self))
+        return name, self.pop(name)
+
+    # dict's own would pass by the methods above.
     update = MutableMapping.update
     setdefault = MutableMapping.setdefault
-    pop = MutableMapping.pop
-    popitem = MutableMapping.popitem
     clear = MutableMapping.clear
 
 

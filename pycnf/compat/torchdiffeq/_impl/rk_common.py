@@ -257,6 +257,9 @@ class RKAdaptiveStepsizeODESolver(AdaptiveStepsizeEventODESolver):
         same = self.func is field and self.y0 is problem.y0 and norm is problem.norm
         if not same or not is_unchanged(type(self), _STEPPING, self):
             return None
+        return self._compiled(problem, tape)
+
+    def _compiled(self, problem: Problem, tape: list | None) -> AdaptiveSolver:
         return AdaptiveSolver(
             replace(problem, rtol=self.rtol, atol=self.atol), self._compiled_tableau(),
             type(self).__name__, tape, first_step=self.first_step, step_t=self.step_t,
@@ -277,7 +280,7 @@ class RKAdaptiveStepsizeODESolver(AdaptiveStepsizeEventODESolver):
     def integrate(self, t: Tensor) -> Tensor:
         """States at ascending times t, [len(t), *y0.shape]."""
         if is_unchanged(type(self), _STEPPING, self):
-            return self.on_pycnf(problem_of(self, t), self.func, None).integrate()
+            return self._compiled(problem_of(self, t), None).integrate()
         return super().integrate(t)
 
     # ---- step by step ----------------------------------------------------------------------------

@@ -26,8 +26,9 @@ def problem_of(solver: Any, t: Tensor) -> Problem:
     callbacks = {name: getattr(solver.func, name, _null_callback) for name in CALLBACKS}
     callbacks = {name: call for name, call in callbacks.items() if call is not _null_callback}
     return Problem(
-        solver.func, solver.y0.contiguous(), None, t, 1, solver.rtol, solver.atol,
-        type(solver).__name__, {}, solver.norm, callbacks,
+        func=solver.func, y0=solver.y0.contiguous(), shapes=None, s=t, sign=1, rtol=solver.rtol,
+        atol=solver.atol, method=type(solver).__name__, options={}, norm=solver.norm,
+        callbacks=callbacks,
     )  # fmt: skip
 
 
@@ -126,9 +127,11 @@ class FixedGridODESolver(metaclass=SolverType):
         self, problem: Problem, field: Callable, tape: list | None
     ) -> FixedGridSolver | None:
         """pycnf's solver of the same solve; None if this class has steps of its own."""
-        tableau = self._compiled_tableau()
-        if tableau is None or self.func is not field or self.y0 is not problem.y0:
+        if self._compiled_tableau() is None or self.func is not field or self.y0 is not problem.y0:
             return None
+        return self._compiled(problem, tape)
+
+    def _compiled(self, problem: Problem, tape: list | None) -> FixedGridSolver:
         construct = self.grid_constructor
         if problem.sign < 0:
             # Ours was made for ascending times, pycnf's is given the user's.
@@ -136,7 +139,7 @@ class FixedGridODESolver(metaclass=SolverType):
                 return -self.grid_constructor(func, y0, -t)
 
         return FixedGridSolver(
-            problem, tableau, type(self).__name__, tape,
+            problem, self._compiled_tableau(), type(self).__name__, tape,
             grid_constructor=construct, interp=self.interp, perturb=self.perturb,
         )  # fmt: skip
 
@@ -150,8 +153,7 @@ class FixedGridODESolver(metaclass=SolverType):
     def integrate(self, t: Tensor) -> Tensor:
         """States at ascending times t, [len(t), *y0.shape]."""
         if self._compiled_tableau() is not None:
-            problem = problem_of(self, t)
-            return self.on_pycnf(problem, self.func, None).integrate()
+            return self._compiled(problem_of(self, t), None).integrate()
         grid = self.grid_constructor(self.func, self.y0, t)
         assert grid[0] == t[0] and grid[-1] == t[-1]
         notify = getattr(self.func, "callback_step", _null_callback)
