@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from pycnf.odeint.adaptive import Accepted, AdaptiveSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
@@ -157,17 +157,12 @@ def _adjoint_norm(norm: Any, problem: Problem) -> Callable:
     """
     if norm is None or norm == "seminorm":
         return AdjointNorm(problem.norm, problem.shapes, parameters=norm is None)
-    return norm if problem.shapes is None else unpacked_adjoint_norm(norm, problem.shapes)
-
-
-def unpacked_adjoint_norm(norm: Callable, shapes: Sequence[Size]) -> Callable:
-    """A norm of (t, *y, *adj_y, *params) as a norm of (t, y, adj_y, *params) with flat y and
-    adj_y.
-    """
+    if problem.shapes is None:
+        return norm
 
     def unpacked(parts: tuple[Tensor, ...]) -> Tensor:
         t, y, adj_y, *params = parts
-        y, adj_y = (flat_to_shapes(part, shapes) for part in (y, adj_y))
+        y, adj_y = (flat_to_shapes(part, problem.shapes) for part in (y, adj_y))
         return norm((t, *y, *adj_y, *params))
 
     return unpacked

@@ -1,23 +1,22 @@
-"""`odeint_adjoint` and its parts, by torchdiffeq's names."""
+"""`odeint_adjoint` and its parts, by torchdiffeq's names.
+
+`OdeintAdjointMethod` is for code that makes an `odeint_adjoint` of its own; pycnf's does not use
+it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 
-from pycnf.compat.torchdiffeq._impl.misc import (
-    _mixed_norm,
-)
+from pycnf.compat.torchdiffeq._impl.misc import _all_callback_names
 from pycnf.compat.torchdiffeq._impl.odeint import odeint
-from pycnf.odeint.gradient import _TWICE, _Continuous, odeint_adjoint, unpacked_adjoint_norm
 from pycnf.odeint.gradient import find_parameters as _parameters
-from pycnf.odeint.norms import AdjointNorm
-from pycnf.odeint.problem import Problem
-from pycnf.once import raise_if_differentiated
+from pycnf.odeint.gradient import odeint_adjoint
+from pycnf.odeint.norms import AdjointNorm, flat_to_shapes
 
 __all__ = ["OdeintAdjointMethod", "find_parameters", "handle_adjoint_norm_", "odeint_adjoint"]
 
@@ -34,15 +33,23 @@ def handle_adjoint_norm_(
     """Sets adjoint_options["norm"] to a norm of (t, y, adj_y, *params) with flat y and adj_y; its
     own default is made of state_norm, a norm of flat states.
     """
-    norm = adjoint_options.get("norm")
-    if norm is None or norm == "seminorm":
-        adjoint_options["norm"] = AdjointNorm(state_norm, None, parameters=norm is None)
+    given = adjoint_options.get("norm")
+
+    def unpacked(parts: tuple[Tensor, ...]) -> Tensor:
+        t, y, adj_y, *params = parts
+        return given((t, *flat_to_shapes(y, shapes), *flat_to_shapes(adj_y, shapes), *params))
+
+    if given is None or given == "seminorm":
+        adjoint_options["norm"] = AdjointNorm(state_norm, None, parameters=given is None)
     elif shapes is not None:
-        adjoint_options["norm"] = unpacked_adjoint_norm(norm, shapes)
+        adjoint_options["norm"] = unpacked
 
 
 class OdeintAdjointMethod(torch.autograd.Function):
-    """A solve of a flat state in ascending time, with the gradient of the adjoint equation."""
+    """A solve of a flat state in ascending time, with the gradient of the adjoint equation.
+
+    The backward solve can be differentiated in turn, through its operations.
+    """
 
     @staticmethod
     def forward(
@@ -79,37 +86,56 @@ class OdeintAdjointMethod(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         t, y, *params = ctx.saved_tensors
-        times = t
+        times, grad = t, grads[-1]
         if ctx.event_mode:
             event_t, *params = params
             times = torch.stack([t[0], event_t.to(t)])
-        solve = SimpleNamespace(
-            problem=Problem(
-                func=ctx.func,
-                y0=y[0],
-                shapes=None,
-                s=times,
-                sign=1,
-                rtol=None,
-                atol=None,
-                method="",
-                options={},
-                norm=_mixed_norm,
-                callbacks={},
-            ),
-            backward_arguments=dict(
-                rtol=ctx.adjoint_rtol, atol=ctx.adjoint_atol, method=ctx.adjoint_method
-            ),
-            adjoint_options=ctx.adjoint_options,
-            time_gradient=ctx.t_requires_grad,
-            saved_tensors=(y, times, *params),
-        )
-        with torch.no_grad():
-            y_grad, t_grad, *param_grads = _Continuous.solve_backwards(solve, grads[-1])
-            if ctx.event_mode and t_grad is not None:
-                # The event's own time is no argument.
-                t_grad = torch.cat([t_grad[:1], torch.zeros_like(t[1:])])
-        found = raise_if_differentiated(
-            [y_grad, t_grad, *param_grads], [*grads, *ctx.saved_tensors], _TWICE
-        )
-        return (None, None, *found[:2], *[None] * 10, *found[2:])
+        with_times = ctx.t_requires_grad
+        slopes = _adjoint_slopes(ctx.func, params)
+        to_time = torch.zeros((), dtype=y.dtype, device=y.device)
+        to_y, to_params = grad[-1], [torch.zeros_like(p) for p in params]
+        to_times = []
+        for i in range(len(times) - 1, 0, -1):
+            if with_times:
+                # Moving an output time moves along the field.
+                along = ctx.func(times[i], y[i]).reshape(-1).dot(grad[i].reshape(-1))
+                to_time = to_time - along
+                to_times.append(along)
+            parts = odeint(
+                slopes, (to_time, y[i], to_y, *to_params), times[i - 1 : i + 1].flip(0),
+                rtol=ctx.adjoint_rtol, atol=ctx.adjoint_atol, method=ctx.adjoint_method,
+                options=ctx.adjoint_options,
+            )  # fmt: skip
+            to_time, _, to_y, *to_params = (part[1] for part in parts)
+            to_y = to_y + grad[i - 1]
+        to_t = torch.stack([to_time, *reversed(to_times)]).to(t) if with_times else None
+        if ctx.event_mode and with_times:
+            # The event's time is none of the arguments.
+            to_t = torch.stack([to_t[0], torch.zeros_like(to_t[0])])
+        return (None, None, to_y, to_t, *[None] * 10, *to_params)
+
+
+def _adjoint_slopes(func: Callable, params: Sequence[Tensor]) -> Callable:
+    """d/dt of (gradient of t, y, gradient of y, *gradients of the parameters); that of t counts in
+    the norm, whether it is asked for or not.
+    """
+
+    def slopes(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        _, y, adjoint, *_ = state
+        higher = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views: to leave the state's own graph, or the lack of one, alone.
+            t = t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            y = y.view_as(y) if y.requires_grad else y.detach().requires_grad_()
+            f = func(t, y)
+            wanted = (t, y, *params)
+            found = torch.autograd.grad(
+                f, wanted, -adjoint, allow_unused=True, create_graph=higher, retain_graph=True
+            )
+        to_t, *others = (torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found))
+        return (to_t, f if higher else f.detach(), *others)
+
+    for name in _all_callback_names:
+        if hasattr(func, f"{name}_adjoint"):
+            setattr(slopes, name, getattr(func, f"{name}_adjoint"))
+    return slopes

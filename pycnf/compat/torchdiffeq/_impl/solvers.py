@@ -101,6 +101,7 @@ class FixedGridODESolver(metaclass=SolverType):
         if step_size is not None:
             grid_constructor = self._grid_constructor_from_step_size(step_size)
         self.grid_constructor = grid_constructor or (lambda func, y0, t: t)
+        self._given_grid = self.grid_constructor
 
     @classmethod
     def valid_callbacks(cls) -> set[str]:
@@ -132,16 +133,19 @@ class FixedGridODESolver(metaclass=SolverType):
         return self._compiled(problem, tape)
 
     def _compiled(self, problem: Problem, tape: list | None) -> FixedGridSolver:
-        construct = self.grid_constructor
-        if problem.sign < 0:
-            # Ours was made for ascending times, pycnf's is given the user's.
-            def construct(func: Callable, y0: Tensor, t: Tensor) -> Tensor:
-                return -self.grid_constructor(func, y0, -t)
-
+        grid = {"step_size": self.step_size}
+        if self.step_size is None or self.grid_constructor is not self._given_grid:
+            grid = {"grid_constructor": self._grid_of(problem)}
         return FixedGridSolver(
             problem, self._compiled_tableau(), type(self).__name__, tape,
-            grid_constructor=construct, interp=self.interp, perturb=self.perturb,
+            interp=self.interp, perturb=self.perturb, **grid,
         )  # fmt: skip
+
+    def _grid_of(self, problem: Problem) -> Callable:
+        """The grid constructor in the user's direction of time; ours is for ascending times."""
+        if problem.sign > 0:
+            return self.grid_constructor
+        return lambda func, y0, t: -self.grid_constructor(func, y0, -t)
 
     def _compiled_tableau(self) -> Tableau | None:
         """The tableau of the step function, if pycnf has it and nothing else was replaced."""
