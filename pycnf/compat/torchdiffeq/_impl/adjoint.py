@@ -17,6 +17,7 @@ from pycnf.compat.torchdiffeq._impl.odeint import odeint
 from pycnf.odeint.gradient import find_parameters as _parameters
 from pycnf.odeint.gradient import odeint_adjoint
 from pycnf.odeint.norms import AdjointNorm, flat_to_shapes
+from pycnf.once import raise_if_differentiated
 
 __all__ = ["OdeintAdjointMethod", "find_parameters", "handle_adjoint_norm_", "odeint_adjoint"]
 
@@ -46,9 +47,8 @@ def handle_adjoint_norm_(
 
 
 class OdeintAdjointMethod(torch.autograd.Function):
-    """A solve of a flat state in ascending time, with the gradient of the adjoint equation.
-
-    The backward solve can be differentiated in turn, through its operations.
+    """A solve of a flat state in ascending time, with the gradient of the adjoint equation; that
+    gradient raises a RuntimeError when it is differentiated in turn.
     """
 
     @staticmethod
@@ -85,8 +85,20 @@ class OdeintAdjointMethod(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = OdeintAdjointMethod._solve_backwards(ctx, grads[-1])
+        to_y, to_t, *to_params = raise_if_differentiated(
+            found,
+            (*grads, *ctx.saved_tensors),
+            "the gradient of OdeintAdjointMethod cannot be differentiated again; odeint's can",
+        )
+        return (None, None, to_y, to_t, *[None] * 10, *to_params)
+
+    @staticmethod
+    def _solve_backwards(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+        """Gradients to y0, t and the parameters."""
         t, y, *params = ctx.saved_tensors
-        times, grad = t, grads[-1]
+        times = t
         if ctx.event_mode:
             event_t, *params = params
             times = torch.stack([t[0], event_t.to(t)])
@@ -112,7 +124,7 @@ class OdeintAdjointMethod(torch.autograd.Function):
         if ctx.event_mode and with_times:
             # The event's time is none of the arguments.
             to_t = torch.stack([to_t[0], torch.zeros_like(to_t[0])])
-        return (None, None, to_y, to_t, *[None] * 10, *to_params)
+        return [to_y, to_t, *to_params]
 
 
 def _adjoint_slopes(func: Callable, params: Sequence[Tensor]) -> Callable:
@@ -122,18 +134,13 @@ def _adjoint_slopes(func: Callable, params: Sequence[Tensor]) -> Callable:
 
     def slopes(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         _, y, adjoint, *_ = state
-        higher = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Views: to leave the state's own graph, or the lack of one, alone.
-            t = t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            y = y.view_as(y) if y.requires_grad else y.detach().requires_grad_()
+            t, y = t.detach().requires_grad_(), y.detach().requires_grad_()
             f = func(t, y)
             wanted = (t, y, *params)
-            found = torch.autograd.grad(
-                f, wanted, -adjoint, allow_unused=True, create_graph=higher, retain_graph=True
-            )
+            found = torch.autograd.grad(f, wanted, -adjoint, allow_unused=True, retain_graph=True)
         to_t, *others = (torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found))
-        return (to_t, f if higher else f.detach(), *others)
+        return (to_t, f.detach(), *others)
 
     for name in _all_callback_names:
         if hasattr(func, f"{name}_adjoint"):
