@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pycnf.odeint.adams import AdamsBashforth, AdamsBashforthMoulton
 from pycnf.odeint.adaptive import AdaptiveSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
+from pycnf.odeint.scipy_solver import ScipySolver
 from pycnf.odeint.tableau import TABLEAUX
 from pycnf.odeint.user_solver import UserSolver, make_user_solver
 
@@ -21,7 +23,7 @@ class Method:
     """What stands behind a method's name; `label` is torchdiffeq's class, named in warnings."""
 
     label: str
-    solver: type[AdaptiveSolver] | type[FixedGridSolver]
+    solver: type[AdaptiveSolver] | type[FixedGridSolver] | type[ScipySolver]
     callbacks: frozenset[str]
 
     def valid_callbacks(self) -> frozenset[str]:
@@ -29,6 +31,7 @@ class Method:
         return self.callbacks
 
 
+_ON_GRID = frozenset({"callback_step"})
 _LABELS = {
     "dopri8": "Dopri8Solver",
     "dopri5": "Dopri5Solver",
@@ -47,19 +50,25 @@ _LABELS = {
 SOLVERS: dict[str, Method | type] = {
     name: Method(label, AdaptiveSolver, frozenset(CALLBACKS))
     if TABLEAUX[name].adaptive
-    else Method(label, FixedGridSolver, frozenset({"callback_step"}))
+    else Method(label, FixedGridSolver, _ON_GRID)
     for name, label in _LABELS.items()
+} | {
+    "explicit_adams": Method("AdamsBashforth", AdamsBashforth, _ON_GRID),
+    "implicit_adams": Method("AdamsBashforthMoulton", AdamsBashforthMoulton, _ON_GRID),
+    "fixed_adams": Method("AdamsBashforthMoulton", AdamsBashforthMoulton, _ON_GRID),
+    "scipy_solver": Method("ScipyWrapperODESolver", ScipySolver, frozenset()),
 }
 
 
 def make_solver(
     problem: Problem, tape: list | None = None
-) -> AdaptiveSolver | FixedGridSolver | UserSolver:
+) -> AdaptiveSolver | FixedGridSolver | ScipySolver | UserSolver:
     """The solver of a problem's method with its options."""
     method = SOLVERS[problem.method]
     if not isinstance(method, Method):
         return make_user_solver(method, problem, tape)
-    return method.solver(problem, TABLEAUX[problem.method], method.label, tape, **problem.options)
+    tableau = TABLEAUX.get(problem.method)
+    return method.solver(problem, tableau, method.label, tape, **problem.options)
 
 
 def odeint(
@@ -87,10 +96,13 @@ def odeint(
             one number for each part of a tuple.
         method: adaptive "dopri8", "dopri5" (default), "tsit5", "bosh3", "fehlberg2",
             "adaptive_heun"; on a fixed grid "euler", "midpoint", "heun2", "heun3", "rk4" (the 3/8
-            rule).
+            rule), "explicit_adams", "implicit_adams" (also "fixed_adams"); "scipy_solver",
+            scipy.integrate.solve_ivp, whose result has no graph.
         options: adaptive: norm, first_step, safety, ifactor, dfactor, min_step, max_step, step_t,
             jump_t, max_num_steps, dtype (of time); fixed: step_size or grid_constructor, interp
-            ("linear", "cubic"), perturb.
+            ("linear", "cubic"), perturb; Adams: those, max_order (12), and max_iters (4) of the
+            corrector, which stops where rtol and atol are met; SciPy: solver ("LSODA"), min_step,
+            max_step.
 
     Returns:
         [T, *y0.shape], or a tuple of such for a tuple state; the first entry is y0.
@@ -100,6 +112,7 @@ def odeint(
             step size underflows, the state is not finite, or max_num_steps is exceeded.
         TypeError: t is not floating point.
         ValueError: unknown method, contradicting options, or func returns another shape.
+        ImportError: scipy_solver without SciPy. RuntimeError: SciPy could not reach the end.
 
     Source: Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, II.4; the methods'
     papers are named in csrc/core/tableau.h.
