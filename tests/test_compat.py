@@ -20,7 +20,16 @@ from pycnf.odeint import adaptive, fixed_grid, solve
 
 MODULES = (
     *("adjoint", "adaptive_heun", "bosh3", "dopri5", "dopri8", "event_handling", "fehlberg2"),
-    *("fixed_grid", "interp", "misc", "odeint", "rk_common", "solvers"),
+    *(
+        "fixed_adams",
+        "scipy_wrapper",
+        "fixed_grid",
+        "interp",
+        "misc",
+        "odeint",
+        "rk_common",
+        "solvers",
+    ),
 )
 
 
@@ -81,12 +90,9 @@ def test_every_name_is_the_peers_with_its_arguments(module):
             continue
         given = inspect.signature(peers).parameters
         taken = inspect.signature(ours).parameters
-        # Events come with odeint_event.
-        events = hasattr(pycnf, "odeint_event") or not name.startswith("odeint")
-        given = {key: value for key, value in given.items() if events or key != "event_fn"}
         assert list(taken)[: len(given)] == list(given), name
         for key, parameter in given.items():
-            if parameter.default is not None:
+            if parameter.default is not None and not callable(parameter.default):
                 assert taken[key].default == parameter.default, (name, key)
 
 
@@ -145,12 +151,8 @@ def test_the_functions_are_pycnfs():
 def test_public_names_of_pycnf_serve_as_torchdiffeqs():
     public = [name for name in vars(torchdiffeq) if name.startswith("odeint")]
     for name in public:
-        if name in ("odeint_event", "odeint_dense") and not hasattr(pycnf, name):
-            continue
         ours = inspect.signature(getattr(pycnf, name)).parameters
         for key, given in inspect.signature(getattr(torchdiffeq, name)).parameters.items():
-            if key == "event_fn" and key not in ours:
-                continue
             assert key in ours and ours[key].kind == given.kind
 
 
@@ -391,7 +393,7 @@ def test_wrong_arguments_get_the_peers_errors():
 
 
 METHODS = ["dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "euler", "midpoint", "heun2"]
-METHODS += ["heun3", "rk4"]
+METHODS += ["heun3", "rk4", "explicit_adams", "implicit_adams", "scipy_solver"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -505,6 +507,42 @@ def test_events_of_solvers_made_by_hand(method, options):
         return torch.cat([event_t.reshape(-1), ys.reshape(-1)])
 
     close(*both(run))
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("method", ["mine", "dopri5", "rk4"])
+@pytest.mark.parametrize("own", ["ralston", "cash_karp", "watching"])
+def test_events_of_own_solvers(own, method, descending):
+    make, options = OWN[own]
+
+    def run(library):
+        found = []
+        with registered(library, "mine", make(library)):
+            for name in ("odeint", "odeint_adjoint"):
+                y0 = torch.tensor([1.0, 0.5], dtype=torch.float64, requires_grad=True)
+                t0 = torch.tensor(0.3, dtype=torch.float64)
+                keywords = {} if name == "odeint" else {"adjoint_params": ()}
+                event_t, (ys, work) = library.top.odeint_event(
+                    lambda t, s: (torch.cos(t) * s[0], s[0].sum()), (y0, t0 * 0), t0,
+                    event_fn=lambda t, s: torch.stack([s[1].abs() - 1.2, s[0][0] - 9]),
+                    reverse_time=descending, odeint_interface=getattr(library.top, name),
+                    method=method, options={"step_size": 0.05} if method == "rk4" else (
+                        options if method == "mine" else {}), rtol=1e-7, atol=1e-8, **keywords,
+                )  # fmt: skip
+                (grad,) = torch.autograd.grad(event_t + ys[-1].sum(), y0)
+                found += [event_t.detach(), ys.detach(), work.detach(), grad]
+        return found
+
+    for ours, peers in zip(*both(run), strict=True):
+        assert_close(ours, peers, 1e-6, 1e-7)
+
+
+def test_dense_output_is_pycnfs():
+    assert MINE.top.odeint_dense is pycnf.odeint_dense is MINE.odeint.odeint_dense
+    assert MINE.top.odeint_event is pycnf.odeint_event is MINE.odeint.odeint_event
+    y0, t = state(), torch.tensor([0.0, 2.0], dtype=torch.float64)
+    dense = both(lambda library: library.top.odeint_dense(field, y0, *t, rtol=1e-6))
+    close(*(solution(t[1] * 0.37) for solution in dense))
 
 
 # --- classes of the user's ------------------------------------------------------------------------
@@ -935,6 +973,25 @@ def pair_of(func):
             return slope, slope.pow(2).sum()
 
     return Pair()
+
+
+def test_an_own_driver_of_the_adjoint_method_up_to_an_event():
+    def run(library):
+        func, y0, t = PROBLEMS["mlp"](torch.float64)
+        y0.requires_grad_()
+        t = t[:2].double().requires_grad_()
+        _, wrapped, flat, s, rtol, atol, method, options, event, _ = library.misc._check_inputs(
+            func, y0, t, 1e-6, 1e-7, None, None, lambda t, y: y[0, 0] + t - 0.5, library.SOLVERS
+        )
+        params = library.adjoint.find_parameters(func)
+        event_t, ys = library.adjoint.OdeintAdjointMethod.apply(
+            None, wrapped, flat, s, rtol, atol, method, options, event, 1e-6, 1e-7, "dopri5", {},
+            True, *params,
+        )  # fmt: skip
+        return [event_t.detach(), *torch.autograd.grad(ys.pow(2).sum(), [y0, t, *params])]
+
+    for ours, peers in zip(*both(run), strict=True):
+        assert_close(ours, peers, 1e-6, 1e-7)
 
 
 def test_the_adjoint_method_is_not_differentiated_twice():

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from pycnf.odeint.adaptive import Accepted, AdaptiveSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
 from pycnf.odeint.norms import AdjointNorm, flat_to_shapes
-from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
+from pycnf.odeint.problem import CALLBACKS, Problem, least_event, make_problem
 from pycnf.odeint.solve import SOLVERS, make_solver, solve_without_graph
+from pycnf.odeint.until_event import solve_until_event
 from pycnf.once import raise_if_differentiated
 
 _TWICE = (
@@ -37,21 +38,23 @@ def odeint_adjoint(
     atol: Any = 1e-9,
     method: str | None = None,
     options: dict[str, Any] | None = None,
+    event_fn: Callable | None = None,
     adjoint_rtol: Any = None,
     adjoint_atol: Any = None,
     adjoint_method: str | None = None,
     adjoint_options: dict[str, Any] | None = None,
     adjoint_params: Sequence[Tensor] | None = None,
     gradient: str = "continuous",
-) -> Tensor | tuple[Tensor, ...]:
+) -> Tensor | tuple[Tensor, ...] | tuple[Tensor, Tensor | tuple[Tensor, ...]]:
     """Like `odeint`, with gradients to y0, t and parameters at constant memory (or a tape of
     accepted steps).
 
     A drop-in for `torchdiffeq.odeint_adjoint`, and one addition, `gradient`.
 
     Args:
-        func, y0, t, rtol, atol, method, options: as for `odeint`; func is an nn.Module unless
-            adjoint_params are given.
+        func, y0, t, rtol, atol, method, options, event_fn: as for `odeint`; func is an nn.Module
+            unless adjoint_params are given. Gradients go back from the event's time as if that were
+            given; of t only the start has one.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: of the backward solve; by
             default those of the forward solve, but for options["norm"]. adjoint_options["norm"] may
             be "seminorm" or a callable of the tuple (t, *y, *adj_y, *params).
@@ -126,7 +129,13 @@ def odeint_adjoint(
             "norm.",
             stacklevel=2,
         )
-    problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS)
+    problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS, event_fn)
+    if event_fn is not None:
+        # torchdiffeq takes initial signs again of what it has combined, and calls event_fn for it.
+        state = problem.y0.detach()
+        state = state if problem.shapes is None else flat_to_shapes(state, problem.shapes)
+        start = problem.event_time(problem.s[0].detach())
+        problem.event_fn = least_event(problem.event_fn, start, state)
     if gradient == "discrete":
         solution = _Discrete.apply(problem, problem.y0, problem.s, *trainable)
     else:
@@ -135,7 +144,10 @@ def odeint_adjoint(
             rtol=adjoint_rtol, atol=adjoint_atol, method=adjoint_method, options=adjoint_options
         )
         solution = _Continuous.apply(problem, backward, problem.y0, problem.s, *trainable)
-    return problem.shaped(solution)
+    if event_fn is None:
+        return problem.shaped(solution)
+    event, solution = solution
+    return problem.event_time(event), problem.shaped(solution)
 
 
 def find_parameters(module: nn.Module) -> tuple[Tensor, ...]:
@@ -180,14 +192,22 @@ class _Continuous(torch.autograd.Function):
         # Users read and replace the norm between forward and backward.
         ctx.adjoint_options = backward["options"]
         ctx.time_gradient = s.requires_grad
-        solution = solve_without_graph(problem)
+        event = None
+        if problem.event_fn is None:
+            solution = solve_without_graph(problem)
+        else:
+            event, solution = solve_until_event(make_solver(problem))
+            event = event.to(s)
+        ctx.event = None if event is None else event.clone()
         # Not saved: the caller may edit y0 before backward, which only asks where it leads.
         ctx.y0 = y0
         ctx.save_for_backward(solution, s, *params)
-        return solution
+        return solution if event is None else (event, solution)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, *grads_out: Tensor):
+        # That of an event's time goes nowhere.
+        grad = grads_out[-1]
         with torch.no_grad():
             grads = _Continuous.solve_backwards(ctx, grad)
         given = (grad, ctx.y0, *ctx.saved_tensors[1:])
@@ -198,6 +218,10 @@ class _Continuous(torch.autograd.Function):
         """Gradients to y0, s and the parameters."""
         problem: Problem = ctx.problem
         y, s, *params = ctx.saved_tensors
+        if ctx.event is not None and ctx.event != s[0]:
+            s = torch.stack([s[0], ctx.event])
+        elif ctx.event is not None:
+            y, s, grad = y[:1], s[:1], grad.sum(0, keepdim=True)
         arguments = {**ctx.backward_arguments, "options": ctx.adjoint_options}
         field = _AdjointField(problem, params)
         state = [torch.zeros((), dtype=y.dtype, device=y.device), y[-1], grad[-1].clone()]
@@ -219,6 +243,8 @@ class _Continuous(torch.autograd.Function):
             state[2] = state[2] + grad[i - 1]
         if time_grads is not None:
             time_grads[0] = state[0]
+            if ctx.event is not None:
+                time_grads = torch.stack([time_grads[0], torch.zeros_like(time_grads[0])])
         return [state[2], time_grads, *state[3:]]
 
 
@@ -281,7 +307,14 @@ class _Discrete(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, y0: Tensor, s: Tensor, *params: Tensor):
         solver = make_solver(problem, [])
         ctx.solver, ctx.with_times = solver, s.requires_grad
-        if isinstance(solver, FixedGridSolver):
+        event, ctx.outputs = None, None
+        if problem.event_fn is not None:
+            event, solution = solve_until_event(solver)
+            ctx.outputs = torch.stack([s[0].to(event), event])
+            event = event.to(s)
+            if isinstance(solver, FixedGridSolver):
+                ctx.grid = _grid_to_event(solver, ctx.outputs, s.requires_grad)
+        elif isinstance(solver, FixedGridSolver):
             # The grid's dependence on the output times is a graph of times only, and kept.
             leaf = _leaf(s)
             with torch.enable_grad():
@@ -293,19 +326,36 @@ class _Discrete(torch.autograd.Function):
         solver.keep_start()
         ctx.y0 = y0
         ctx.save_for_backward(s, *params)
-        return solution
+        return solution if event is None else (event, solution)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, *grads_out: Tensor):
+        grad = grads_out[-1]
         s, *params = ctx.saved_tensors
+        s = s if ctx.outputs is None else ctx.outputs
         grads = _Gradients(params)
         with torch.no_grad():
             if isinstance(ctx.solver, FixedGridSolver):
                 found = _walk_fixed(ctx.solver, s, grad, grads, ctx.grid, ctx.with_times)
             else:
                 found = _walk_adaptive(ctx.solver, s, grad, grads, ctx.with_times)
+            if ctx.outputs is not None and ctx.with_times:
+                found[1][1] = 0.0
         given = (grad, ctx.y0, *ctx.saved_tensors)
         return None, *raise_if_differentiated([*found, *grads.params], given, _TWICE)
+
+
+def _grid_to_event(
+    solver: FixedGridSolver, outputs: Tensor, with_times: bool
+) -> tuple[Tensor, Tensor]:
+    """A copy of the times, and the grid that led to an event, which moves with the first."""
+    leaf = _leaf(outputs)
+    ends = [ends for _, ends in solver.tape]
+    points = outputs.new_tensor([ends[0].start, *(each.end for each in ends)])
+    if with_times:
+        with torch.enable_grad():
+            points = points + (leaf[0] - outputs[0])
+    return leaf, points
 
 
 class _Gradients:

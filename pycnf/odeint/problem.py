@@ -38,6 +38,7 @@ class Problem:
         rtol, atol: a number or a tensor.
         norm: as the user sees it: of a tensor, or of a tuple of tensors.
         callbacks: by name, those that func has.
+        event_fn: of (t, y) as the user has them, 0-dim; the solve ends where it changes sign.
     """
 
     func: Callable
@@ -51,6 +52,7 @@ class Problem:
     options: dict[str, Any]
     norm: Callable
     callbacks: dict[str, Callable]
+    event_fn: Callable | None = None
 
     def call(self, t: Tensor, y: Tensor) -> list[Tensor]:
         """The field at (t, y), as it came: one tensor, or the parts of a tuple."""
@@ -75,6 +77,15 @@ class Problem:
     def as_state(self, fresh: list[Tensor], y: Tensor) -> Tensor:
         """What `call` returned as one tensor like y, with its graph."""
         return self.joined(fresh).reshape(y.shape).to(y.dtype)
+
+    def event(self, t: Tensor, y: Tensor) -> Tensor:
+        """The event function at (t, y), t as the user counts it."""
+        return self.event_fn(t, y if self.shapes is None else flat_to_shapes(y, self.shapes))
+
+    def event_time(self, s: Tensor) -> Tensor:
+        """A time as the user counts it, in the dtype of t."""
+        s = s.to(self.s)
+        return s if self.sign > 0 else -s
 
     def norm_of(self, state: Tensor) -> Tensor:
         """The norm of one tensor like y0."""
@@ -116,12 +127,19 @@ def make_problem(
     method: str | None,
     options: dict[str, Any] | None,
     solvers: dict[str, Any],
+    event_fn: Callable | None = None,
 ) -> Problem:
     """Checks the arguments in torchdiffeq's order.
 
     Raises:
         AssertionError, TypeError, ValueError: with torchdiffeq's texts.
     """
+    if event_fn is not None:
+        if len(t) != 2:
+            raise ValueError(
+                f"We require len(t) == 2 when in event handling mode, but got len(t)={len(t)}."
+            )
+        event_fn = least_event(event_fn, t[0], y0)
     shapes = None
     norm: Callable = RmsNorm()
     if not isinstance(y0, Tensor):
@@ -158,8 +176,18 @@ def make_problem(
         warnings.warn(f"Solver '{method}' does not support callbacks {unsupported}", stacklevel=3)
     callbacks = {name: callbacks[name] for name in callbacks if name not in unsupported}
     return Problem(
-        func, y0.contiguous(), shapes, s, sign, rtol, atol, method, options, norm, callbacks
-    )
+        func, y0.contiguous(), shapes, s, sign, rtol, atol, method, options, norm, callbacks,
+        event_fn,
+    )  # fmt: skip
+
+
+def least_event(event_fn: Callable, t0: Tensor, y0: Tensor | tuple[Tensor, ...]) -> Callable:
+    """One event of many: the least component, each with the sign that makes it positive at the
+    start.
+    """
+    with torch.no_grad():
+        signs = torch.sign(event_fn(t0, y0))
+    return lambda t, y: torch.min(event_fn(t, y) * signs)
 
 
 def _tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pycnf.odeint import rounding
 from pycnf.odeint.adams import AdamsBashforth, AdamsBashforthMoulton
 from pycnf.odeint.adaptive import AdaptiveSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
 from pycnf.odeint.scipy_solver import ScipySolver
 from pycnf.odeint.tableau import TABLEAUX
+from pycnf.odeint.until_event import solve_until_event
 from pycnf.odeint.user_solver import UserSolver, make_user_solver
 
 
@@ -63,10 +65,22 @@ SOLVERS: dict[str, Method | type] = {
 def make_solver(
     problem: Problem, tape: list | None = None
 ) -> AdaptiveSolver | FixedGridSolver | ScipySolver | UserSolver:
-    """The solver of a problem's method with its options."""
+    """The solver of a problem's method with its options.
+
+    Raises:
+        AttributeError: the method knows no events; torchdiffeq's text.
+    """
     method = SOLVERS[problem.method]
     if not isinstance(method, Method):
         return make_user_solver(method, problem, tape)
+    if problem.event_fn is not None:
+        if not issubclass(method.solver, AdaptiveSolver | FixedGridSolver):
+            raise AttributeError(
+                f"'{method.label}' object has no attribute 'integrate_until_event'"
+            )
+        if issubclass(method.solver, FixedGridSolver):
+            # Here alone the steps on a grid are counted in the state's dtype, whatever that of t.
+            problem = replace(problem, s=problem.s.to(rounding.real_dtype(problem.y0.dtype)))
     tableau = TABLEAUX.get(problem.method)
     return method.solver(problem, tableau, method.label, tape, **problem.options)
 
@@ -80,7 +94,8 @@ def odeint(
     atol: Any = 1e-9,
     method: str | None = None,
     options: dict[str, Any] | None = None,
-) -> Tensor | tuple[Tensor, ...]:
+    event_fn: Callable | None = None,
+) -> Tensor | tuple[Tensor, ...] | tuple[Tensor, Tensor | tuple[Tensor, ...]]:
     """Solves dy/dt = func(t, y), y(t[0]) = y0, and returns y at every time of t.
 
     A drop-in for `torchdiffeq.odeint`: same arguments, defaults, accepted steps, numbers, errors
@@ -103,16 +118,24 @@ def odeint(
             ("linear", "cubic"), perturb; Adams: those, max_order (12), and max_iters (4) of the
             corrector, which stops where rtol and atol are met; SciPy: solver ("LSODA"), min_step,
             max_step.
+        event_fn: of (t, y), a tensor of any shape: the solve ends where a component of it changes
+            sign. t is then [start, anything in the direction of time]; a method on a fixed grid
+            needs the option step_size.
 
     Returns:
-        [T, *y0.shape], or a tuple of such for a tuple state; the first entry is y0.
+        [T, *y0.shape], or a tuple of such for a tuple state; the first entry is y0. With event_fn,
+        (event time, 0-dim in t's dtype; such a solution [2, *y0.shape]); the event time carries no
+        gradient, see `odeint_event`.
 
     Raises:
         AssertionError: t is no ascending or descending 1-D tensor, a tolerance does not fit y0, the
-            step size underflows, the state is not finite, or max_num_steps is exceeded.
+            step size underflows, the state is not finite, max_num_steps is exceeded, or an event
+            is sought on a fixed grid without step_size.
+        RuntimeError: 20000 fixed steps met no event.
         TypeError: t is not floating point.
-        ValueError: unknown method, contradicting options, or func returns another shape.
         ImportError: scipy_solver without SciPy. RuntimeError: SciPy could not reach the end.
+        ValueError: unknown method, contradicting options, func returns another shape, or event_fn
+            is given with other than two times.
 
     Source: Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, II.4; the methods'
     papers are named in csrc/core/tableau.h.
@@ -124,8 +147,12 @@ def odeint(
         >>> round(y[-1].item(), 6)
         0.367879
     """
-    problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS)
-    return problem.shaped(make_solver(problem).integrate())
+    problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS, event_fn)
+    solver = make_solver(problem)
+    if event_fn is None:
+        return problem.shaped(solver.integrate())
+    event, solution = solve_until_event(solver)
+    return problem.event_time(event), problem.shaped(solution)
 
 
 def solve_without_graph(problem: Problem, tape: list | None = None) -> Tensor:

@@ -125,6 +125,15 @@ class UserSolver:
         """States at the output times, [T, *y0.shape]."""
         return self.solver.integrate(self.problem.s)
 
+    def integrate_until_event(self) -> tuple[Tensor, Tensor]:
+        """The event's time, ascending, and the states [2, *y0.shape] at the start and then."""
+        problem = self.problem
+
+        def event_fn(s: Tensor, y: Tensor) -> Tensor:
+            return problem.event(s if problem.sign > 0 else -s, y)
+
+        return self.solver.integrate_until_event(problem.s[0], event_fn)
+
 
 def make_user_solver(
     solver_class: Callable, problem: Problem, tape: list | None

@@ -14,12 +14,13 @@ from pycnf.compat.torchdiffeq._impl.bosh3 import Bosh3Solver
 from pycnf.compat.torchdiffeq._impl.dopri5 import Dopri5Solver
 from pycnf.compat.torchdiffeq._impl.dopri8 import Dopri8Solver
 from pycnf.compat.torchdiffeq._impl.fehlberg2 import Fehlberg2
+from pycnf.compat.torchdiffeq._impl.fixed_adams import AdamsBashforth, AdamsBashforthMoulton
 from pycnf.compat.torchdiffeq._impl.fixed_grid import RK4, Euler, Heun2, Heun3, Midpoint
+from pycnf.compat.torchdiffeq._impl.scipy_wrapper import ScipyWrapperODESolver
 from pycnf.compat.torchdiffeq._impl.tsit5 import Tsit5Solver
-from pycnf.odeint import solve
-from pycnf.odeint.solve import odeint
+from pycnf.odeint import odeint, odeint_dense, odeint_event, solve
 
-__all__ = ["SOLVERS", "odeint"]
+__all__ = ["SOLVERS", "odeint", "odeint_dense", "odeint_event"]
 
 _CLASSES = {
     "dopri8": Dopri8Solver,
@@ -33,6 +34,10 @@ _CLASSES = {
     "heun2": Heun2,
     "heun3": Heun3,
     "rk4": RK4,
+    "explicit_adams": AdamsBashforth,
+    "implicit_adams": AdamsBashforthMoulton,
+    "fixed_adams": AdamsBashforthMoulton,
+    "scipy_solver": ScipyWrapperODESolver,
 }
 _METHODS = dict(solve.SOLVERS)
 _ORIGINALS = {cls: parts(cls) for cls in _CLASSES.values()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from pycnf.compat.torchdiffeq._impl.event_handling import find_event
 from pycnf.compat.torchdiffeq._impl.misc import _handle_unused_kwargs, _null_callback
 from pycnf.odeint.fixed_grid import FixedGridSolver, cubic_hermite
 from pycnf.odeint.problem import CALLBACKS, Problem
+from pycnf.odeint.rounding import real_dtype
 from pycnf.odeint.tableau import TABLEAUX, Tableau
 
 __all__ = ["AdaptiveStepsizeEventODESolver", "AdaptiveStepsizeODESolver", "FixedGridODESolver"]
@@ -133,13 +135,22 @@ class FixedGridODESolver(metaclass=SolverType):
         return self._compiled(problem, tape)
 
     def _compiled(self, problem: Problem, tape: list | None) -> FixedGridSolver:
-        grid = {"step_size": self.step_size}
-        if self.step_size is None or self.grid_constructor is not self._given_grid:
-            grid = {"grid_constructor": self._grid_of(problem)}
         return FixedGridSolver(
-            problem, self._compiled_tableau(), type(self).__name__, tape,
-            interp=self.interp, perturb=self.perturb, **grid,
+            self._counted(problem), self._compiled_tableau(), type(self).__name__, tape,
+            **self._options(problem),
         )  # fmt: skip
+
+    def _counted(self, problem: Problem) -> Problem:
+        """As in torchdiffeq, steps to an event are counted in the state's dtype."""
+        if problem.event_fn is None:
+            return problem
+        return replace(problem, s=problem.s.to(real_dtype(problem.y0.dtype)))
+
+    def _options(self, problem: Problem) -> dict[str, Any]:
+        options = {"interp": self.interp, "perturb": self.perturb}
+        if self.step_size is not None and self.grid_constructor is self._given_grid:
+            return {**options, "step_size": self.step_size}
+        return {**options, "grid_constructor": self._grid_of(problem)}
 
     def _grid_of(self, problem: Problem) -> Callable:
         """The grid constructor in the user's direction of time; ours is for ascending times."""
