@@ -981,7 +981,15 @@ def test_an_own_driver_of_the_adjoint_method_up_to_an_event():
         y0.requires_grad_()
         t = t[:2].double().requires_grad_()
         _, wrapped, flat, s, rtol, atol, method, options, event, _ = library.misc._check_inputs(
-            func, y0, t, 1e-6, 1e-7, None, None, lambda t, y: y[0, 0] + t - 0.5, library.SOLVERS
+            func,
+            y0,
+            t,
+            1e-6,
+            1e-7,
+            None,
+            None,
+            lambda t, y: t - 0.4 + y[0, 0] / 100,
+            library.SOLVERS,
         )
         params = library.adjoint.find_parameters(func)
         event_t, ys = library.adjoint.OdeintAdjointMethod.apply(
