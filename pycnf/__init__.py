@@ -1,6 +1,6 @@
 """Fast continuous normalizing flows: compiled solvers, exact gradients, a drop-in torchdiffeq."""
 
-from pycnf import nn
+from pycnf import compat, nn
 from pycnf._build import build_info
 from pycnf.flows import CNF
 from pycnf.odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, odeint_per_sample
@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CNF",
     "build_info",
+    "compat",
     "nn",
     "odeint",
     "odeint_adjoint",

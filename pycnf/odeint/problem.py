@@ -173,7 +173,7 @@ def make_problem(
         warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=3)
         s = s.to(y0.device)
     callbacks = {name: getattr(func, name) for name in CALLBACKS if hasattr(func, name)}
-    unsupported = set(callbacks) - solvers[method].callbacks
+    unsupported = set(callbacks) - solvers[method].valid_callbacks()
     if unsupported:
         warnings.warn(f"Solver '{method}' does not support callbacks {unsupported}", stacklevel=3)
     callbacks = {name: callbacks[name] for name in callbacks if name not in unsupported}
