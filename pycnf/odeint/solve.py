@@ -18,6 +18,7 @@ from pycnf.odeint.implicit_grid import IMPLICIT_TABLEAUX, ImplicitGridSolver, Im
 from pycnf.odeint.masked import solve_elements
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
 from pycnf.odeint.scipy_solver import ScipySolver
+from pycnf.odeint.stats import publish
 from pycnf.odeint.tableau import TABLEAUX, Tableau
 from pycnf.odeint.transforms import transforming
 from pycnf.odeint.until_event import solve_until_event
@@ -182,6 +183,7 @@ def odeint(
             )
         return solve_elements(func, y0, t, rtol, atol, method, options, SOLVERS, by_rows=False)
     problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS, event_fn)
+    publish(problem.stats)
     solver = make_solver(problem)
     if event_fn is None:
         return problem.shaped(solver.integrate())

