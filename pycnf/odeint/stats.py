@@ -19,7 +19,8 @@ class SolveStats:
         evaluations: calls of the vector field. Where every element of a batch takes its own steps,
             calls for the whole batch.
         accepted, rejected: steps. Where every element takes its own, int64 tensors of the batch's
-            shape, 0-dim if elements cannot differ; None where the method does not tell (SciPy's, and solver classes of the user's).
+            shape, 0-dim if elements cannot differ; None where the method does not tell (SciPy's,
+            and solver classes of the user's).
         step_sizes: of the accepted steps, in order and positive; the last may reach past the last
             output time. Empty where `accepted` is no number.
         backward: the same of the solves of the gradient by `odeint_adjoint`, in sum, from the first
