@@ -407,8 +407,8 @@ class AdaptiveSolver:
         graph_times = torch.is_grad_enabled() and (times.requires_grad or step.times.has_graph)
         if step.k is None and not graph_times:
             out = solution[begin:end]
-            x = [step.times.point(value) for value in times[begin:end].tolist()]
-            self.rows.interpolate(step.y0, step.y1, step.times.h, x, out)
+            x = step.times.points(times[begin:end].detach())
+            self.rows.interpolate(step.y0, step.y1, step.times.h, x.tolist(), out)
             return out, False
         if step.k is None:
             stages = range(self.tableau.stages)
@@ -420,8 +420,8 @@ class AdaptiveSolver:
         coefficients = differentiable_quartic(
             self.tableau, step.y0, step.y1, step.k, step.times.h, step.h_graph
         )
-        points = step.times.points(outputs)
-        return torch.stack([reference.evaluate_quartic(coefficients, x) for x in points])
+        x = step.times.points(outputs).to(step.y0.device, step.times.dtype)
+        return reference.evaluate_quartic(coefficients, x.view(-1, *[1] * step.y0.dim()))
 
     def replay(self, accepted: Accepted, y0: Tensor, f0: Tensor | None, s0: Tensor | None) -> Step:
         """An accepted step again, with a graph from y0, from f0 if that was kept, and from its

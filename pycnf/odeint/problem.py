@@ -173,7 +173,6 @@ def make_problem(
         for name in ("step_t", "jump_t"):
             if isinstance(options.get(name), Tensor):
                 options[name] = -options[name]
-    assert all(a < b for a, b in pairwise(times)), "t must be strictly increasing or decreasing"
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
         if isinstance(tolerance, Tensor):
             assert not tolerance.requires_grad, f"{name} cannot require gradient"
@@ -224,8 +223,9 @@ def _checked_times(t: Tensor) -> list[float]:
         raise TypeError(f"`t` must be a floating point Tensor but is a {t.type()}")
     assert t.ndimension() == 1, "t must be one dimensional"
     times = t.tolist()
-    ascending = [a < b for a, b in pairwise(times)]
-    assert all(ascending) or not any(ascending), "t must be strictly increasing or decreasing"
+    if not all(a < b for a, b in pairwise(times)):
+        descending = all(a > b for a, b in pairwise(times))
+        assert descending, "t must be strictly increasing or decreasing"
     return times
 
 
