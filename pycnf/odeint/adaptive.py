@@ -84,6 +84,8 @@ class AdaptiveSolver:
         unused: options that the method does not have.
     """
 
+    one_step = True  # a step needs no more of those before it than `Accepted` keeps
+
     def __init__(
         self,
         problem: Problem,
@@ -134,6 +136,7 @@ class AdaptiveSolver:
         self.ds, self.ds_graph = 0.0, None
         self.f_time: float | None = None
         self.finite = True
+        self.taken = 0  # attempts since the last output
 
     # ---- the solve -------------------------------------------------------------------------------
 
@@ -149,7 +152,6 @@ class AdaptiveSolver:
         pieces = [y0.clone()[None] if graph else solution[:1]]
         self._start(times)
         done = 1
-        taken = 0
         while done < len(values):
             if values[done] <= self.s:
                 # Only where distinct times round to one: no step has been taken yet.
@@ -158,9 +160,9 @@ class AdaptiveSolver:
                 done += 1
                 continue
             limit = self.limits.max_num_steps
-            assert taken < limit, f"max_num_steps exceeded ({taken}>={limit})"
+            assert self.taken < limit, f"max_num_steps exceeded ({self.taken}>={limit})"
             step = self._attempt()
-            taken += 1
+            self.taken += 1
             if step is None:
                 continue
             end = bisect.bisect_right(values, step.times.end, lo=done)
@@ -168,17 +170,12 @@ class AdaptiveSolver:
                 outputs, has_graph = self._outputs(step, times, done, end, solution)
                 graph = graph or has_graph
                 pieces.append(outputs)
-                taken = 0
+                self.taken = 0
                 if self.tape is not None:
                     self.tape[-1].outputs = range(done, end)
                 done = end
             self._advance(step)
         return torch.cat(pieces) if graph else solution
-
-    def keep_start(self) -> None:
-        """Makes the tape independent of the caller's y0."""
-        if self.tape:
-            self.tape[0].y = self.tape[0].y.clone()
 
     def _start(self, times: Tensor) -> None:
         problem = self.problem
@@ -236,7 +233,8 @@ class AdaptiveSolver:
         at = self.round_state(self.round(self.s + h0))
         fresh = problem.call(self._times(self.s, 0.0, None).at(at), y1)
         f1 = problem.as_state(fresh, y0).contiguous()
-        d2 = r(r(rows.initial_norms(y0, f0, f1)[0]) / h0)
+        # Half precision may round the size to zero, and 1 / 0 is infinite there.
+        d2 = r(r(rows.initial_norms(y0, f0, f1)[0]) / h0) if h0 else math.inf
         if d1 <= 1e-15 and d2 <= 1e-15:
             h1 = max(r(1e-6), r(h0 * r(1e-3)))
         else:
@@ -447,12 +445,15 @@ class AdaptiveSolver:
                 self.next_stop[step.stop] += 1
         if step.stop == "jump_t":
             # f on the far side of the discontinuity.
-            self.f_time = rounding.after(self.round_state(self.s), times.dtype)
-            at = self._times(self.s, 0.0, None).at(self.f_time)
-            fresh = self.problem.call(at, self.y)
-            self.rows.store(0, fresh)
-            graph = torch.is_grad_enabled() and any(part.requires_grad for part in fresh)
-            self.f_graph = self.problem.as_state(fresh, self.y) if graph else None
+            self._evaluate_start(rounding.after(self.round_state(self.s), times.dtype))
+
+    def _evaluate_start(self, f_time: float) -> None:
+        """The derivative at the start of the next step, evaluated anew at f_time."""
+        self.f_time = f_time
+        fresh = self.problem.call(self._times(self.s, 0.0, None).at(f_time), self.y)
+        self.rows.store(0, fresh)
+        graph = torch.is_grad_enabled() and any(part.requires_grad for part in fresh)
+        self.f_graph = self.problem.as_state(fresh, self.y) if graph else None
 
 
 @dataclass

@@ -1,32 +1,39 @@
 """The discrete gradient: back through the accepted steps of a solve, one graph of one step at a
 time.
+
+Differentiated in turn, it is the gradient of the same steps taken again one after the other, each
+of which keeps no more than its start.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pycnf.odeint.adaptive import Accepted, AdaptiveSolver
-from pycnf.odeint.adjoint import _TWICE
-from pycnf.odeint.fixed_grid import FixedGridSolver
+from pycnf.odeint.autocast import autocast_of_now
+from pycnf.odeint.fixed_grid import Ends, FixedGridSolver
 from pycnf.odeint.problem import Problem
+from pycnf.odeint.recomputed import Recomputed
 from pycnf.odeint.solve import make_solver
-from pycnf.once import raise_if_differentiated
 
 
 class _Discrete(torch.autograd.Function):
-    """A solve whose gradient walks back through its accepted steps, one graph of one step at a
-    time.
+    """A solve whose gradient walks back through its accepted steps.
+
+    problem.y0 is y0, and nobody else's: it is part of the tape.
     """
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, y0: Tensor, s: Tensor, *params: Tensor):
         solver = make_solver(problem, [])
         ctx.solver, ctx.with_times = solver, s.requires_grad
+        ctx.autocast = autocast_of_now(y0.device)
+        ctx.grid = None
         if isinstance(solver, FixedGridSolver):
             # The grid's dependence on the output times is a graph of times only, and kept.
             leaf = _leaf(s)
@@ -35,23 +42,48 @@ class _Discrete(torch.autograd.Function):
             solution = solver.integrate(ctx.grid[1].detach())
         else:
             solution = solver.integrate()
-        # The caller may edit y0, or what it is given as the first solution, before backward.
-        solver.keep_start()
-        ctx.y0 = y0
-        ctx.save_for_backward(s, *params)
+        ctx.save_for_backward(y0, s, *params)
         return solution
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        s, *params = ctx.saved_tensors
-        grads = _Gradients(params)
-        with torch.no_grad():
-            if isinstance(ctx.solver, FixedGridSolver):
-                found = _walk_fixed(ctx.solver, s, grad, grads, ctx.grid, ctx.with_times)
+        y0, s, *params = ctx.saved_tensors
+        gradient = partial(_gradient, ctx.solver, ctx.grid, params, ctx.with_times)
+        with ctx.autocast():
+            if torch.is_grad_enabled():
+                to_y0, to_s, *rest = Recomputed.apply(gradient, 3, y0, s, grad, *params)
             else:
-                found = _walk_adaptive(ctx.solver, s, grad, grads, ctx.with_times)
-        given = (grad, ctx.y0, *ctx.saved_tensors)
-        return None, *raise_if_differentiated([*found, *grads.params], given, _TWICE)
+                to_y0, to_s, *rest = gradient(y0, s, grad)
+        return None, to_y0, to_s if ctx.with_times else None, *rest
+
+
+def _gradient(
+    solver: AdaptiveSolver | FixedGridSolver,
+    grid: tuple[Tensor, Tensor] | None,
+    params: Sequence[Tensor],
+    with_times: bool,
+    y0: Tensor,
+    s: Tensor,
+    grad: Tensor,
+) -> list[Tensor]:
+    """Gradients to y0, to the times (zeros if not wanted) and to the parameters; with gradients on,
+    with their graph from y0, s and grad.
+    """
+    fixed = isinstance(solver, FixedGridSolver)
+    if torch.is_grad_enabled():
+        replayed = _replay_fixed if fixed else _replay_adaptive
+        solution = replayed(solver, params, y0, s if with_times else s.detach())
+        return list(
+            torch.autograd.grad(
+                solution, (y0, s, *params), grad, create_graph=True, materialize_grads=True
+            )
+        )
+    grads = _Gradients(params)
+    if fixed:
+        to_y0, to_s = _walk_fixed(solver, s, grad, grads, grid, with_times)
+    else:
+        to_y0, to_s = _walk_adaptive(solver, s, grad, grads, with_times)
+    return [to_y0, torch.zeros_like(s) if to_s is None else to_s, *grads.params]
 
 
 class _Gradients:
@@ -88,6 +120,30 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_(True)
 
 
+def _anchored(x: Tensor, value: Tensor) -> Tensor:
+    """x with its graph and the value that the forward solve had, after callbacks' edits."""
+    return x + (value.view_as(x) - x).detach()
+
+
+# ---- adaptive methods ----------------------------------------------------------------------------
+
+
+def _take_step(
+    solver: AdaptiveSolver,
+    accepted: Accepted,
+    shown: Tensor,
+    y0: Tensor,
+    f0: Tensor | None,
+    s0: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The end of a step (state, last derivative, time if it follows s0), and the states at the
+    output times `shown` within it.
+    """
+    step = solver.replay(accepted, y0, f0, s0)
+    states = solver.interpolate_with_graph(step, shown) if len(shown) else None
+    return step.y1, step.k[-1], step.times.end_graph, states
+
+
 def _pull_back_step(
     solver: AdaptiveSolver,
     accepted: Accepted,
@@ -105,10 +161,8 @@ def _pull_back_step(
     f0 = None if accepted.f is None else _leaf(accepted.f.view_as(y0))
     s0 = _leaf(shown.new_tensor(accepted.s0)) if shown.requires_grad else None
     with torch.enable_grad():
-        step = solver.replay(accepted, y0, f0, s0)
-        pairs = list(zip((step.y1, step.k[-1], step.times.end_graph), end_grads))
-        if len(shown):
-            pairs.append((solver.interpolate_with_graph(step, shown), shown_grads))
+        results = _take_step(solver, accepted, shown, y0, f0, s0)
+        pairs = list(zip(results, (*end_grads, shown_grads)))
     inputs = [y0, f0, s0, shown if shown.requires_grad else None]
     found = iter(grads.pull_back(pairs, [x for x in inputs if x is not None]))
     return [None if x is None else next(found) for x in inputs]
@@ -139,6 +193,69 @@ def _walk_adaptive(
     if with_times and s_grad is not None:
         time_grads[0] += s_grad
     return y_grad, None if time_grads is None else time_grads.to(s.dtype)
+
+
+def _take_step_again(
+    solver: AdaptiveSolver, accepted: Accepted, shown: Tensor, follows: bool, *inputs: Tensor
+) -> list[Tensor]:
+    """What there is of `_take_step`'s results, the last derivative if the next step `follows` from
+    it.
+
+    inputs: the state at the start, the derivative there if the tape has it, and if times have
+    gradients the start and the output times.
+    """
+    y0, *rest = inputs
+    f0 = rest.pop(0) if accepted.f is not None else None
+    s0, shown = rest or (None, shown)
+    y1, f1, end, states = _take_step(solver, accepted, shown, y0, f0, s0)
+    # A field may return its input, which must not come twice.
+    results = [y1, f1.clone() if follows else None, end, states]
+    return [x for x in results if x is not None]
+
+
+def _replay_adaptive(
+    solver: AdaptiveSolver, params: Sequence[Tensor], y0: Tensor, s: Tensor
+) -> Tensor:
+    """The solution [T, ...] by the tape's steps, with its graph from y0, from s if that requires
+    grad, and from the parameters.
+    """
+    times = s.to(solver.dtype)
+    solution = [y0] * len(s)
+    y, f, start = y0, None, times[0]
+    for i, accepted in enumerate(solver.tape):
+        outputs = slice(accepted.outputs.start, accepted.outputs.stop)
+        inputs = [_anchored(y, accepted.y)]
+        if accepted.f is not None:
+            inputs.append(_anchored(f, accepted.f))
+        if s.requires_grad:
+            inputs += [start, times[outputs]]
+        follows = i + 1 < len(solver.tape) and solver.tape[i + 1].f is not None
+        step = partial(_take_step_again, solver, accepted, times[outputs].detach(), follows)
+        y, *rest = Recomputed.apply(step, len(inputs), *inputs, *params)
+        f = rest.pop(0) if follows else None
+        # A step that was clipped ends at a constant.
+        moves = s.requires_grad and not accepted.clipped
+        start = rest.pop(0) if moves else times.new_tensor(accepted.s1)
+        for at, state in zip(accepted.outputs, rest.pop(0) if rest else ()):
+            solution[at] = state
+    return torch.stack(solution)
+
+
+# ---- fixed grids ---------------------------------------------------------------------------------
+
+
+def _shown_by_steps(grid: list[float], outputs: list[float]) -> list[range]:
+    """The output times that each step shows, those up to its end that no step before has shown;
+    the first output is y0.
+    """
+    shown = []
+    begin = 1
+    for end in grid[1:]:
+        first = begin
+        while begin < len(outputs) and end >= outputs[begin]:
+            begin += 1
+        shown.append(range(first, begin))
+    return shown
 
 
 def _pull_back_fixed_step(
@@ -176,32 +293,61 @@ def _walk_fixed(
     a function of it.
     """
     leaf, points = grid
-    values, outputs = points.tolist(), s.tolist()
+    shown_by_steps = _shown_by_steps(points.tolist(), s.tolist())
     y_grad = None
     time_grads = torch.zeros_like(s)
     grid_grads = torch.zeros_like(points)
-    last = len(outputs)
-    for i in range(len(values) - 2, -1, -1):
-        first = last
-        # As forward: a step shows the output times up to its end that no step before it has shown.
-        while first > 1 and (i == 0 or outputs[first - 1] > values[i]):
-            first -= 1
-        shown = s[first:last]
+    for i in range(len(shown_by_steps) - 1, -1, -1):
+        outputs = slice(shown_by_steps[i].start, shown_by_steps[i].stop)
+        shown = s.detach()[outputs]
         if with_times:
             shown.requires_grad_(True)
         y_grad, *rest = _pull_back_fixed_step(
-            solver, i, points, shown, grad[first:last], y_grad, grads
+            solver, i, points, shown, grad[outputs], y_grad, grads
         )
         for total, part, found in zip(
-            (grid_grads, grid_grads, time_grads), (i, i + 1, slice(first, last)), rest
+            (grid_grads, grid_grads, time_grads), (i, i + 1, outputs), rest
         ):
             if found is not None:
                 total[part] += found
-        last = first
     y_grad = _add(y_grad, grad[0])
     if not with_times:
         return y_grad, None
     if points.requires_grad:
-        (through_grid,) = torch.autograd.grad(points, leaf, grid_grads)
+        (through_grid,) = torch.autograd.grad(points, leaf, grid_grads, retain_graph=True)
         time_grads = time_grads + through_grid
     return y_grad, time_grads
+
+
+def _take_fixed_step_again(
+    solver: FixedGridSolver, ends: Ends, shown: Tensor, y0: Tensor, *times: Tensor
+) -> list[Tensor]:
+    """The end of a step and the states at output times within it, if any; times: its ends and these
+    output times, if they have gradients.
+    """
+    if times:
+        ends, shown = ends._replace(graph=times[:2]), times[2]
+    y1, states = solver.replay(y0, ends, shown)
+    return [y1, torch.stack(states)] if states else [y1]
+
+
+def _replay_fixed(
+    solver: FixedGridSolver, params: Sequence[Tensor], y0: Tensor, s: Tensor
+) -> Tensor:
+    """As `_replay_adaptive`, the grid with its graph from the times alone."""
+    if s.requires_grad:
+        (points,) = Recomputed.apply(lambda s: (solver.grid(s).clone(),), 1, s)
+    else:
+        points = solver.grid(s).detach()
+    shown_by_steps = _shown_by_steps(points.tolist(), s.tolist())
+    solution = [y0]
+    y = y0
+    for i, (start, ends) in enumerate(solver.tape):
+        outputs = slice(shown_by_steps[i].start, shown_by_steps[i].stop)
+        inputs = [_anchored(y, start)]
+        if s.requires_grad:
+            inputs += [points[i], points[i + 1], s[outputs]]
+        step = partial(_take_fixed_step_again, solver, ends, s[outputs].detach())
+        y, *states = Recomputed.apply(step, len(inputs), *inputs, *params)
+        solution += [state for stacked in states for state in stacked]
+    return torch.stack(solution)

@@ -47,6 +47,8 @@ class FixedGridSolver:
         unused: options that the method does not have.
     """
 
+    one_step = True  # a step needs its start only, so it can be taken again on its own
+
     def __init__(
         self,
         problem: Problem,
@@ -158,12 +160,6 @@ class FixedGridSolver:
         + size.
         """
         return c == 1.0 and self.tableau.name == "rk4"
-
-    def keep_start(self) -> None:
-        """Makes the tape independent of the caller's y0."""
-        if self.tape:
-            y0, ends = self.tape[0]
-            self.tape[0] = (y0.clone(), ends)
 
     def replay(
         self,

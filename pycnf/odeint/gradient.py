@@ -1,9 +1,9 @@
 """`odeint_adjoint`: gradients of a solve without a graph of the solve.
 
 `continuous` integrates the adjoint equation backwards, as torchdiffeq does: constant memory, as
-accurate as the tolerance. `discrete` is the exact gradient of the numbers that were computed: the
-forward solve keeps the accepted steps, and the backward pass recomputes one step at a time with a
-graph and walks through it.
+accurate as the tolerance; `joined` is the same in one solve. `discrete` is the exact gradient of
+the numbers that were computed: the forward solve keeps the accepted steps, and the backward pass
+recomputes one step at a time with a graph and walks through it. All can be differentiated again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pycnf.odeint.adjoint import _adjoint_norm, _Continuous
@@ -39,7 +40,8 @@ def odeint_adjoint(
     """Like `odeint`, with gradients to y0, t and parameters at constant memory (or a tape of
     accepted steps).
 
-    A drop-in for `torchdiffeq.odeint_adjoint`, and one addition, `gradient`.
+    A drop-in for `torchdiffeq.odeint_adjoint`, and two additions: `gradient`, and derivatives of
+    every order (`create_graph=True`) to y0, t and parameters.
 
     Args:
         func, y0, t, rtol, atol, method, options: as for `odeint`; func is an nn.Module unless
@@ -48,18 +50,22 @@ def odeint_adjoint(
             default those of the forward solve, but for options["norm"]. adjoint_options["norm"] may
             be "seminorm" or a callable of the tuple (t, *y, *adj_y, *params).
         adjoint_params: what to differentiate beside y0 and t; by default func's parameters.
-        gradient: "continuous", the adjoint equation; or "discrete", the exact gradient of the
-            computed solution with every step size held constant. The latter uses no adjoint_*
-            argument but adjoint_params.
+        gradient: "continuous", the adjoint equation, solved for each interval between output times
+            anew; "joined", the same by one adaptive solve that goes on with its step size where a
+            cotangent comes in, and passes through the other output times: fewer evaluations with
+            several outputs (methods on a fixed grid, and gradients that are differentiated again,
+            are solved as by "continuous"); or "discrete", the exact gradient of the computed
+            solution with every step size held constant, at a memory of one state for each accepted
+            step. The latter uses no adjoint_* argument but adjoint_params.
 
     Returns:
-        As `odeint`. For "continuous" the node behind the result has `adjoint_options`, which may be
-        edited before backward.
+        As `odeint`. For "continuous" and "joined" the node behind the result has `adjoint_options`,
+        which may be edited before backward.
 
     Raises:
         ValueError: func is no nn.Module and adjoint_params are missing; adjoint_options cannot be
-            inferred; unknown gradient. RuntimeError: the gradient is differentiated again.
-            Otherwise as `odeint`.
+            inferred; unknown gradient, or "discrete" with a method of several steps. Otherwise as
+            `odeint`.
 
     Source: Chen, Rubanova, Bettencourt & Duvenaud, "Neural Ordinary Differential Equations",
     NeurIPS 2018, appendix B;
@@ -76,8 +82,16 @@ def odeint_adjoint(
         >>> field.weight.grad.shape
         torch.Size([2, 2])
     """
-    if gradient not in ("continuous", "discrete"):
-        raise ValueError(f'gradient must be "continuous" or "discrete", got {gradient!r}')
+    if torch.compiler.is_compiling():
+        # A solve chooses its steps by its values, so a compiler has nothing to trace. The decorator
+        # would import the compiler with every `import pycnf`.
+        return torch.compiler.disable(odeint_adjoint)(
+            func, y0, t, rtol=rtol, atol=atol, method=method, options=options,
+            adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol, adjoint_method=adjoint_method,
+            adjoint_options=adjoint_options, adjoint_params=adjoint_params, gradient=gradient,
+        )  # fmt: skip
+    if gradient not in ("continuous", "joined", "discrete"):
+        raise ValueError(f'gradient must be "continuous", "joined" or "discrete", got {gradient!r}')
     if adjoint_params is None and not isinstance(func, nn.Module):
         raise ValueError(
             "func must be an instance of nn.Module to specify the adjoint parameters; "
@@ -120,11 +134,22 @@ def odeint_adjoint(
         )
     problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS)
     if gradient == "discrete":
+        if not SOLVERS[problem.method].solver.one_step:
+            raise ValueError(
+                'gradient="discrete" is for methods whose steps need nothing from the steps before '
+                f'them, got method "{problem.method}"; use "continuous"'
+            )
+        # The caller may edit y0 before backward, which takes the steps again from there.
+        problem.y0 = problem.y0.clone()
         solution = _Discrete.apply(problem, problem.y0, problem.s, *trainable)
     else:
         adjoint_options["norm"] = _adjoint_norm(adjoint_options.get("norm"), problem)
         backward = dict(
-            rtol=adjoint_rtol, atol=adjoint_atol, method=adjoint_method, options=adjoint_options
+            rtol=adjoint_rtol,
+            atol=adjoint_atol,
+            method=adjoint_method,
+            options=adjoint_options,
+            joined=gradient == "joined",
         )
         solution = _Continuous.apply(problem, backward, problem.y0, problem.s, *trainable)
     return problem.shaped(solution)
