@@ -1,7 +1,7 @@
 """Compiled part of pycnf; importing it registers the ops of `torch.ops.pycnf`."""
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -42,6 +42,30 @@ def rk_finish(
     segments: Sequence[int],
     ratio: Tensor | None,
 ) -> Tensor: ...
+def rk_combine(
+    y: Tensor,
+    k: Sequence[Tensor],
+    weights: Sequence[float],
+    h: float,
+    h_graph: Tensor | None = None,
+    ordered: bool = False,
+) -> Tensor: ...
 def time_tensors(
     values: Sequence[float], dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]: ...
+def grid_steps(
+    func: Callable[[Tensor, Any], Any],
+    shapes: Sequence[Sequence[int]] | None,
+    y0: Tensor,
+    a: Sequence[Sequence[float]],
+    b: Sequence[float],
+    c: Sequence[float],
+    grid: Sequence[float],
+    outputs: Sequence[float],
+    time_dtype: torch.dtype,
+    sign: float,
+    ends_on_grid: bool,
+    perturb: bool,
+    solution: Tensor,
+    states: list[Tensor] | None,
+) -> tuple[int, Tensor, int, Tensor, Any]: ...

@@ -3,8 +3,17 @@
 from pycnf import nn
 from pycnf._build import build_info
 from pycnf.flows import CNF
-from pycnf.odeint import odeint, odeint_adjoint
+from pycnf.odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, odeint_per_sample
 
 __version__ = "0.1.0"
 
-__all__ = ["CNF", "build_info", "nn", "odeint", "odeint_adjoint"]
+__all__ = [
+    "CNF",
+    "build_info",
+    "nn",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
+    "odeint_per_sample",
+]

@@ -23,6 +23,7 @@ OPS = (
     "rk_interpolate",
     "rk_initial_norms",
     "rk_combine",
+    "broyden_step",
     "time_tensors",
     "probe_keys",
     "probe_sample",
@@ -45,6 +46,7 @@ WITHOUT_REFERENCE = tuple(name for name in OPS if name.startswith("mlp_"))
 _compiled = SimpleNamespace(**{name: getattr(torch.ops.pycnf, name).default for name in OPS})
 # The ops of the inner loop have bindings of their own, past the dispatcher's boxing of arguments.
 _compiled.rk_stage, _compiled.rk_finish = _C.rk_stage, _C.rk_finish
+_compiled.rk_combine = _C.rk_combine
 time_tensors = _C.time_tensors
 mlp_solve, mlp_solve_backward = _compiled.mlp_solve, _compiled.mlp_solve_backward
 mlp_samples, mlp_samples_backward = _compiled.mlp_samples, _compiled.mlp_samples_backward
@@ -70,6 +72,18 @@ def kernels(y: Tensor) -> Any:
     """
     served = has_kernels(y.dtype, y.device) and not torch._C._are_functorch_transforms_active()
     return _compiled if served else reference
+
+
+def broyden_step(residual: Tensor, steps: Sequence[Tensor]) -> Tensor:
+    """The solution of J step = -residual, J being the identity after Broyden's updates by `steps`.
+
+    Source: Kelley, Iterative Methods for Linear and Nonlinear Equations, SIAM 1995, 7.3.
+    """
+    graph = torch.is_grad_enabled() and (
+        residual.requires_grad or any(step.requires_grad for step in steps)
+    )
+    served = kernels(residual) if residual.device.type == "cpu" and not graph else reference
+    return served.broyden_step(residual, steps)
 
 
 def probe_keys(x: Tensor) -> Tensor:
@@ -145,9 +159,19 @@ def _(y0: Tensor, *args: Any) -> Tensor:
 
 @register_fake("pycnf::rk_combine")
 def _(
-    y: Tensor, k: Sequence[Tensor], weights: Any, h: float, h_graph: Tensor | None = None
+    y: Tensor,
+    k: Sequence[Tensor],
+    weights: Any,
+    h: float,
+    h_graph: Tensor | None = None,
+    ordered: bool = False,
 ) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+@register_fake("pycnf::broyden_step")
+def _(residual: Tensor, steps: Sequence[Tensor]) -> Tensor:
+    return torch.empty_like(residual)
 
 
 @register_fake("pycnf::time_tensors")

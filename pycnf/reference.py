@@ -169,14 +169,36 @@ def rk_combine(
     weights: Sequence[float],
     h: float,
     h_graph: Tensor | None = None,
+    ordered: bool = False,
 ) -> Tensor:
-    """y + h Σ wⱼ kⱼ, differentiable in y, k and h_graph (a 0-dim tensor equal to h)."""
+    """y + h Σ wⱼ kⱼ, differentiable in y, k and h_graph (a 0-dim tensor equal to h); `ordered`: as
+    ((w₀ k₀ + w₁ k₁) + w₂ k₂) + ..., each operation rounded.
+    """
     if h_graph is None:
         coefficients = _coefficients(weights, h, y)
     else:
         coefficients = torch.tensor(list(weights), dtype=y.dtype, device=y.device) * h_graph
-    total = (torch.stack([row.view_as(y) for row in k], -1) * coefficients).sum(-1)
-    return y + total
+    rows = torch.stack([row.view_as(y) for row in k], -1) * coefficients
+    return y + (sum(rows.unbind(-1)) if ordered else rows.sum(-1))
+
+
+def broyden_step(residual: Tensor, steps: Sequence[Tensor]) -> Tensor:
+    """The solution of J step = -residual, J being the identity after Broyden's updates by `steps`.
+
+    An update is of rank one and made of a step and the residual behind it alone; so the inverse of
+    J is a product of factors 1 + sⱼ₊₁ sⱼᴴ / |sⱼ|², applied here by one triangular system.
+    """
+    if not steps:
+        return -residual
+    wide = torch.promote_types(residual.dtype, torch.float32)
+    s = torch.stack(list(steps)).to(wide)
+    step = -residual.to(wide)
+    gram = s.conj() @ s.T
+    after = torch.nn.functional.pad(gram[:, 1:], (0, 1)).tril(-1)
+    lower = gram.diagonal().diag() - after
+    along = torch.linalg.solve_triangular(lower, (s.conj() @ step)[:, None], upper=False)[:, 0]
+    step = (step + along[:-1] @ s[1:]) / (1 - along[-1])
+    return step.to(residual.dtype)
 
 
 def time_tensors(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> list[Tensor]:

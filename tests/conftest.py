@@ -1,7 +1,13 @@
 """What holds for every test."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+# `bench` has what torchdiffeq's main branch has and its release lacks.
+sys.path.append(str(Path(__file__).parent.parent))
 
 
 @pytest.fixture(autouse=True, scope="session")

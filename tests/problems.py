@@ -1,8 +1,7 @@
 """Initial value problems and measuring tools shared by the tests of the drop-in solver.
 
-The reference is the installed torchdiffeq. Its release lacks ``tsit5``, which its main branch has,
-so that method is added to the reference here from Tsitouras' published coefficients and the facts
-known of it: the propagated weights are ``b + error``, the last stage is reused as the next f0.
+The reference is the installed torchdiffeq; methods that only its main branch has are added to it by
+`bench.torchdiffeq_main`.
 """
 
 import math
@@ -10,8 +9,11 @@ import warnings
 from types import SimpleNamespace
 
 import torch
-from torchdiffeq._impl.odeint import SOLVERS
-from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver, _ButcherTableau
+
+from bench.torchdiffeq_main import add_methods
+from pycnf.odeint.implicit_grid import IMPLICIT_TABLEAUX
+
+add_methods()
 
 # Function evaluations per attempted step, and tolerances that give tens of steps below.
 STAGES = {"dopri5": 6, "dopri8": 13, "tsit5": 6, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 1}
@@ -19,6 +21,7 @@ ADAPTIVE = tuple(STAGES)
 FIXED_STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 FIXED = tuple(FIXED_STAGES)
 METHODS = ADAPTIVE + FIXED
+IMPLICIT = tuple(IMPLICIT_TABLEAUX)
 TOLERANCE = {
     torch.float64: {
         "dopri5": 1e-7,
@@ -37,82 +40,6 @@ TOLERANCE = {
         "adaptive_heun": 1e-3,
     },
 }
-
-# Tsitouras 2011, "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying
-# assumption": nodes, stages, fifth-order weights, error weights, and b_i(1/2) of the interpolant.
-_TSIT5_B = [
-    0.09646076681806523,
-    0.01,
-    0.4798896504144996,
-    1.379008574103742,
-    -3.290069515436081,
-    2.324710524099774,
-    0.0,
-]
-_TSIT5_ERROR = [
-    -0.0017800110522257714,
-    -0.0008164344596567469,
-    0.007880878010261996,
-    -0.14471100717326290,
-    0.5823571654525552,
-    -0.45808210592918695,
-    1 / 66,
-]
-
-
-def _double(values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def _tsit5_mid():
-    x = 0.5
-    return [
-        -1.0530884977290216
-        * x
-        * (x - 1.3299890189751412)
-        * (x * x - 1.4364028541716351 * x + 0.7139816917074209),
-        0.1017 * x * x * (x * x - 2.1966568338249754 * x + 1.2949852507374631),
-        2.490627285651252793 * x * x * (x * x - 2.38535645472061657 * x + 1.57803468208092486),
-        -16.54810288924490272 * (x - 1.21712927295533244) * (x - 0.61620406037800089) * x * x,
-        47.37952196281928122 * (x - 1.203071208372362603) * (x - 0.658047292653547382) * x * x,
-        -34.87065786149660974 * (x - 1.2) * (x - 2 / 3) * x * x,
-        2.5 * (x - 1) * (x - 0.6) * x * x,
-    ]
-
-
-TSIT5_TABLEAU = _ButcherTableau(
-    alpha=_double([0.161, 0.327, 0.9, 0.9800255409045097, 1, 1]),
-    beta=[
-        _double([0.161]),
-        _double([-0.008480655492356988, 0.33548065549235699]),
-        _double([2.8971530571054935, -6.359448489975075, 4.362295432869581]),
-        _double([5.325864828439257, -11.748883564062828, 7.495539342889836, -0.09249506636175525]),
-        _double(
-            [
-                5.86145544294642,
-                -12.92096931784711,
-                8.159367898576159,
-                -0.071584973281401,
-                -0.028269050394068383,
-            ]
-        ),
-        _double(_TSIT5_B[:6]),
-    ],
-    c_sol=_double([b + e for b, e in zip(_TSIT5_B, _TSIT5_ERROR, strict=True)]),
-    c_error=_double(_TSIT5_ERROR),
-)
-TSIT5_MID = _double(_tsit5_mid())
-
-
-class Tsit5Solver(RKAdaptiveStepsizeODESolver):
-    """torchdiffeq's own stepping with Tsitouras' coefficients."""
-
-    order = 5
-    tableau = TSIT5_TABLEAU
-    mid = TSIT5_MID
-
-
-SOLVERS.setdefault("tsit5", Tsit5Solver)
 
 
 class Recorder(torch.nn.Module):

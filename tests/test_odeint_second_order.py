@@ -85,6 +85,8 @@ DISCRETE_OPTIONS = {
     "cubic": ("rk4", {"step_size": 0.3, "interp": "cubic"}),
     "perturb": ("heun2", {"step_size": 0.13, "perturb": True}),
     "grid_constructor": ("midpoint", {"grid_constructor": grid_with_graph}),
+    "implicit": ("radauIIA3", {"step_size": 0.3}),
+    "diagonally implicit": ("sdirk2", {"step_size": 0.3}),
 }
 
 

@@ -16,7 +16,6 @@ from test_odeint_adjoint import F64, KINDS, Field, assert_same_gradients, case, 
 from torch.utils.checkpoint import checkpoint
 
 import pycnf
-from pycnf.odeint.fixed_grid import FixedGridSolver
 
 GRADIENTS = ("continuous", "joined", "discrete")
 LOOSE = {"rtol": 1e-3, "atol": 1e-3}
@@ -482,15 +481,6 @@ def test_discrete_in_half_precision(kind, method, dtype):
 
     tolerance = 0.02 if dtype == torch.float16 else 0.15
     assert_same_gradients(run(solver("discrete"), dtype), run(pycnf.odeint, F64), tolerance)
-
-
-def test_discrete_wants_methods_of_one_step(monkeypatch):
-    """A method that needs the steps before has none that can be taken again alone."""
-    monkeypatch.setattr(FixedGridSolver, "one_step", False)
-    field, y0, t = case("tensor")
-    with pytest.raises(ValueError, match='got method "rk4"; use "continuous"'):
-        solver("discrete")(field, y0, t, method="rk4")
-    solver("continuous")(field, y0, t, method="rk4")
 
 
 def test_a_first_step_that_half_precision_rounds_to_zero():

@@ -770,6 +770,25 @@ def test_threads_do_not_matter(dtype):
 # ---- rk_combine ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("served", [ops, reference], ids=["op", "reference"])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("terms", range(1, 13))
+def test_ordered_sums_add_in_order(terms, dtype, served):
+    """Bit by bit the sum of a loop, whose order matters for these values."""
+    generator = torch.Generator().manual_seed(terms)
+    rows = torch.randn(terms, 35, generator=generator, dtype=dtype)
+    rows = [row * 10.0 ** (j % 5) for j, row in enumerate(rows)]
+    weights = torch.randn(terms, generator=generator, dtype=dtype).tolist()
+    start = torch.randn(35, generator=generator, dtype=dtype)
+    total = 0
+    for weight, row in zip(weights, rows):
+        total = total + weight * row
+    assert torch.equal(served.rk_combine(start, rows, weights, 1.0, None, True), start + total)
+    if terms > 5:
+        others = served.rk_combine(start, rows[::-1], weights[::-1], 1.0, None, True)
+        assert not torch.equal(others, start + total), "any order would do"
+
+
 @DTYPES
 @SIZES
 def test_combine(size, dtype):
@@ -1249,6 +1268,7 @@ GRID, CONTROL = [1.0, 0.4, 0.0], [1e-3, 1e-3, 0.0, 1.0, 0.9, 10.0, 0.2, 100.0]
 TAPE = ops.mlp_solve(X, None, *MLP_SETTINGS, 1.0, 0.0, [], GRID, 0)[3:]
 SAMPLES_TAPE = ops.mlp_samples(X, None, *SAMPLES_SETTINGS, 1.0, 0.0, CONTROL, True)[3:]
 BARS = (X, X[:, 0].unsqueeze(0))
+E6 = torch.linspace(0.1, 0.7, 6, dtype=F64)
 OPCHECK = {
     "rk_stage": (ops.rk_stage, (Y, K, False, [Y], [0.5, 0.25], H)),
     "rk_stage, stored": (ops.rk_stage, (Y.double(), K.double(), True, [], E3, H)),
@@ -1272,6 +1292,9 @@ OPCHECK = {
         (Y.double(), -Y.double(), K[0].double(), each(6, 1), ATOL, [0, 2, 2, 5]),
     ),
     "rk_combine": (ops.rk_combine, (Y, [K[0], K[1]], [0.5, -1.0], H)),
+    "rk_combine, ordered": (
+        ops.rk_combine, (Y.double().requires_grad_(), [K[0].double()], [0.5], H, None, True),
+    ),
     "rk_combine, gradients": (
         ops.rk_combine,
         (Y.clone().requires_grad_(), [K[0].clone().requires_grad_(), K[1]], [0.5, 0.0], H),
@@ -1281,6 +1304,8 @@ OPCHECK = {
         (Y.double().view(2, 3).t(), [K[0].double().view(3, 2).requires_grad_()], [0.5], H,
          torch.tensor(H, dtype=F64, requires_grad=True)),
     ),
+    "broyden_step": (ops.broyden_step, (Y, [])),
+    "broyden_step, two": (ops.broyden_step, (Y.double(), [E6, E6.flip(0)])),
     "time_tensors": (ops.time_tensors, ([0.1, 0.2], F32, torch.device("cpu"))),
     "time_tensors, half": (ops.time_tensors, ([0.1], torch.float16, torch.device("cpu"))),
     "probe_keys": (ops.probe_keys, (K,)),

@@ -14,6 +14,7 @@ struct WeightedRows {
   const T* rows[kMaxStages];  // each [N]
   T weights[kMaxStages];
   int count;
+  bool ordered;  // summed in the order of the rows, not in that of rk.h
 };
 
 // out = y0 + sum of weighted rows. When `fresh` is set, the newest row (rows[count - 1]) has not
@@ -93,6 +94,16 @@ struct ProbeParams {
   int64_t features;
   bool gaussian;
   T* out;  // [K, B, D]
+};
+
+// The next step of Broyden's method from the steps before it, see broyden_step in schema.cpp.
+template <typename T>
+struct BroydenParams {
+  const T* const* steps;  // [count] of [N]
+  int64_t count;
+  const T* residual;  // [N]
+  T* step;            // [N]
+  int64_t size;
 };
 
 // keys[b] = hash of the values of row b; -0 counts as 0.

@@ -15,6 +15,7 @@ struct CpuKernelTable {
   NormPartial (*finish)(const FinishParams<T>& p, int64_t begin, int64_t end);
   void (*interpolate)(const InterpolateParams<T>& p, int64_t begin, int64_t end);
   NormPartial (*initial)(const InitialParams<T>& p, int64_t begin, int64_t end);
+  void (*broyden_step)(const BroydenParams<T>& p);
   void (*sample_probes)(const ProbeParams<T>& p, int64_t begin, int64_t end);
   void (*hash_keys)(const KeyParams<T>& p, int64_t begin, int64_t end);
 };

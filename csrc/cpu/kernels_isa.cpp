@@ -31,7 +31,7 @@ void weighted_sum(const WeightedRows<T>& terms, int64_t begin, int length, T* __
   for (int j = 0; j < terms.count; ++j) {
     const T weight = terms.weights[j];
     if (weight == T(0)) continue;
-    const int group = sum_group<T>(j, terms.count);
+    const int group = terms.ordered ? 0 : sum_group<T>(j, terms.count);
     T* __restrict partial = groups[group].value;
     const T* __restrict row = terms.rows[j] + begin;
     if (used[group]) {
@@ -193,6 +193,37 @@ NormPartial initial(const InitialParams<T>& p, int64_t begin, int64_t end) {
 }
 
 template <typename T>
+double dot(const T* x, const T* y, int64_t size) {
+  double lanes[kNormLanes] = {};
+  int64_t i = 0;
+  for (; i + kNormLanes <= size; i += kNormLanes) {
+    for (int lane = 0; lane < kNormLanes; ++lane) {
+      lanes[lane] += double(x[i + lane]) * double(y[i + lane]);
+    }
+  }
+  for (; i < size; ++i) lanes[i % kNormLanes] += double(x[i]) * double(y[i]);
+  return sum_lanes(lanes);
+}
+
+template <typename T>
+void broyden_step(const BroydenParams<T>& p) {
+  T* __restrict step = p.step;
+  for (int64_t i = 0; i < p.size; ++i) step[i] = -p.residual[i];
+  for (int64_t j = 0; j < p.count; ++j) {
+    const T* s = p.steps[j];
+    const double along = dot(s, step, p.size) / dot(s, s, p.size);
+    if (j + 1 < p.count) {
+      const T* __restrict next = p.steps[j + 1];
+      const T weight = T(along);
+      for (int64_t i = 0; i < p.size; ++i) step[i] += next[i] * weight;
+    } else {
+      const T scale = T(1. / (1. - along));
+      for (int64_t i = 0; i < p.size; ++i) step[i] *= scale;
+    }
+  }
+}
+
+template <typename T>
 void sample_probes(const ProbeParams<T>& p, int64_t begin, int64_t end) {
   const int per_block = p.gaussian ? kGaussianPerBlock : kRademacherPerBlock;
   for (int64_t sample = begin; sample < end; ++sample) {
@@ -224,10 +255,10 @@ void hash_keys(const KeyParams<T>& p, int64_t begin, int64_t end) {
 
 extern const CpuKernels kKernels = {
     PYCNF_QUOTE(PYCNF_ISA) + sizeof("cpu_") - 1,
-    {stage<float>, finish<float>, interpolate<float>, initial<float>, sample_probes<float>,
-     hash_keys<float>},
-    {stage<double>, finish<double>, interpolate<double>, initial<double>, sample_probes<double>,
-     hash_keys<double>},
+    {stage<float>, finish<float>, interpolate<float>, initial<float>, broyden_step<float>,
+     sample_probes<float>, hash_keys<float>},
+    {stage<double>, finish<double>, interpolate<double>, initial<double>, broyden_step<double>,
+     sample_probes<double>, hash_keys<double>},
 };
 
 }  // namespace PYCNF_ISA

@@ -30,7 +30,8 @@ PackedRows<T, kSums> pack_rows(const WeightedRows<T>* const (&sums)[kSums], cons
     for (int j = 0; j < terms; ++j) {
       bool wanted = false;
       for (int s = 0; s < kSums; ++s) wanted = wanted || sums[s]->weights[j] != T(0);
-      if (!wanted || sum_group<T>(j, terms) != group) continue;
+      const int own = sums[0]->ordered ? 0 : sum_group<T>(j, terms);
+      if (!wanted || own != group) continue;
       const T* row = sums[0]->rows[j];
       packed.row[packed.count] = fresh != nullptr && row == fresh_row ? fresh : row;
       for (int s = 0; s < kSums; ++s) packed.weight[s][packed.count] = sums[s]->weights[j];

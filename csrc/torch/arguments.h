@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "core/params.h"
@@ -80,8 +81,13 @@ struct Rows {
     auto target = k.select(0, index(stage));
     int64_t begin = 0;
     for (const auto& part : fresh) {
-      // Detached: the rows carry no graph, whatever the field returned.
-      target.narrow(0, begin, part.numel()).view(part.sizes()).copy_(part.detach());
+      if (part.is_cpu() && target.is_cpu() && part.is_contiguous() &&
+          part.scalar_type() == k.scalar_type()) {
+        std::memcpy(target.data_ptr<T>() + begin, part.const_data_ptr<T>(), part.nbytes());
+      } else {
+        // Detached: the rows carry no graph, whatever the field returned.
+        target.narrow(0, begin, part.numel()).view(part.sizes()).copy_(part.detach());
+      }
       begin += part.numel();
     }
     return nullptr;
@@ -140,11 +146,13 @@ inline std::vector<at::Tensor> combine_rows(const at::Tensor& y0, at::TensorList
 
 template <typename T>
 StageParams<T> combine_params(const at::Tensor& y0, const std::vector<at::Tensor>& rows,
-                              at::ArrayRef<double> weights, double h, const at::Tensor& out) {
+                              at::ArrayRef<double> weights, double h, bool ordered,
+                              const at::Tensor& out) {
   StageParams<T> p = {};
   p.y0 = y0.const_data_ptr<T>();
   p.out = out.data_ptr<T>();
   p.terms.count = int(rows.size());
+  p.terms.ordered = ordered;
   for (int j = 0; j < p.terms.count; ++j) {
     p.terms.rows[j] = rows[j].const_data_ptr<T>();
     p.terms.weights[j] = T(weights[j]) * T(h);

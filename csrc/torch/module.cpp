@@ -12,6 +12,7 @@
 
 #include "core/tableau.h"
 #include "torch/cpu_kernels.h"
+#include "torch/grid_loop.h"
 #include "torch/interrupt.h"
 
 namespace py = pybind11;
@@ -68,6 +69,13 @@ at::Tensor rk_finish(const at::Tensor& y0, const at::Tensor& k, bool flip, const
   return op.call(y0, k, flip, fresh, y1, solution, error, h, rtol, atol, segments, ratio);
 }
 
+at::Tensor rk_combine(const at::Tensor& y, const Tensors& k, const Numbers& weights, double h,
+                      const MaybeTensor& h_graph, bool ordered) {
+  static const auto op = find_op<at::Tensor(const at::Tensor&, at::TensorList, at::ArrayRef<double>,
+                                            double, const MaybeTensor&, bool)>("pycnf::rk_combine");
+  return op.call(y, k, weights, h, h_graph, ordered);
+}
+
 Tensors time_tensors(const Numbers& values, at::ScalarType dtype, at::Device device) {
   static const auto op =
       find_op<Tensors(at::ArrayRef<double>, at::ScalarType, at::Device)>("pycnf::time_tensors");
@@ -105,7 +113,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("rk_finish", rk_finish, arg("y0"), arg("k"), arg("flip"), arg("fresh"), arg("y1"),
         arg("solution"), arg("error"), arg("h"), arg("rtol"), arg("atol"), arg("segments"),
         arg("ratio"), Unlocked());
+  m.def("rk_combine", rk_combine, arg("y"), arg("k"), arg("weights"), arg("h"),
+        arg("h_graph") = py::none(), arg("ordered") = false, Unlocked());
   m.def("time_tensors", time_tensors, arg("values"), arg("dtype"), arg("device"), Unlocked());
+
+  pycnf::bind_grid_loop(m);
 
   m.def("instruction_set", [] { return pycnf::cpu_kernels_of_this_machine().instruction_set; });
 

@@ -105,15 +105,29 @@ at::Tensor rk_initial_norms_cpu(const at::Tensor& y0, const at::Tensor& f0,
 }
 
 at::Tensor rk_combine_cpu(const at::Tensor& y, at::TensorList k, at::ArrayRef<double> weights,
-                          double h, const std::optional<at::Tensor>&) {
+                          double h, const std::optional<at::Tensor>&, bool ordered) {
   const auto y0 = y.contiguous();
   const auto rows = combine_rows(y0, k, weights);
   auto out = at::empty_like(y0);
   AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_combine", [&] {
-    const auto p = combine_params<scalar_t>(y0, rows, weights, h, out);
+    const auto p = combine_params<scalar_t>(y0, rows, weights, h, ordered, out);
     const auto& table = cpu_kernels<scalar_t>();
     at::parallel_for(0, y0.numel(), kGrain,
                      [&](int64_t begin, int64_t end) { table.stage(p, begin, end); });
+  });
+  return out;
+}
+
+at::Tensor broyden_step_cpu(const at::Tensor& residual, at::TensorList steps) {
+  check_state(residual, "residual");
+  for (const auto& step : steps) check_like(step, residual, "steps");
+  auto out = at::empty_like(residual);
+  AT_DISPATCH_FLOATING_TYPES(residual.scalar_type(), "broyden_step", [&] {
+    std::vector<const scalar_t*> rows;
+    for (const auto& step : steps) rows.push_back(step.const_data_ptr<scalar_t>());
+    cpu_kernels<scalar_t>().broyden_step({rows.data(), int64_t(rows.size()),
+                                          residual.const_data_ptr<scalar_t>(),
+                                          out.data_ptr<scalar_t>(), residual.numel()});
   });
   return out;
 }
@@ -183,6 +197,7 @@ TORCH_LIBRARY_IMPL(pycnf, CPU, m) {
   m.impl("rk_interpolate", rk_interpolate_cpu);
   m.impl("rk_initial_norms", rk_initial_norms_cpu);
   m.impl("rk_combine", rk_combine_cpu);
+  m.impl("broyden_step", broyden_step_cpu);
   m.impl("probe_keys", probe_keys_cpu);
   m.impl("probe_sample", probe_sample_cpu);
 }

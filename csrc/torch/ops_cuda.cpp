@@ -135,14 +135,14 @@ at::Tensor rk_initial_norms_cuda(const at::Tensor& y0, const at::Tensor& f0,
 }
 
 at::Tensor rk_combine_cuda(const at::Tensor& y, at::TensorList k, at::ArrayRef<double> weights,
-                           double h, const std::optional<at::Tensor>&) {
+                           double h, const std::optional<at::Tensor>&, bool ordered) {
   check_cuda(y, "y");
   const CUDAGuard guard(y.device());
   const auto y0 = y.contiguous();
   const auto rows = combine_rows(y0, k, weights);
   auto out = at::empty_like(y0);
   AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_combine", [&] {
-    const auto p = combine_params<scalar_t>(y0, rows, weights, h, out);
+    const auto p = combine_params<scalar_t>(y0, rows, weights, h, ordered, out);
     C10_CUDA_CHECK(launch_stage(p, y0.numel(), current_stream()));
   });
   return out;

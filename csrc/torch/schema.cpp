@@ -39,9 +39,14 @@ TORCH_LIBRARY(pycnf, m) {
       "int[] segments) -> Tensor");
 
   // y + h * sum of weights * k with gradients to y, k and, where it is given, h_graph, a 0-dim
-  // tensor equal to h.
+  // tensor equal to h. `ordered`: summed in the order of k, not in that of core/rk.h.
   m.def(
-      "rk_combine(Tensor y, Tensor[] k, float[] weights, float h, Tensor? h_graph=None) -> Tensor");
+      "rk_combine(Tensor y, Tensor[] k, float[] weights, float h, Tensor? h_graph=None, "
+      "bool ordered=False) -> Tensor");
+
+  // The solution of J step = -residual, J being the identity after Broyden's updates by `steps`
+  // (states of one row, the oldest first), each with the residual that it led to. On the CPU.
+  m.def("broyden_step(Tensor residual, Tensor[] steps) -> Tensor");
 
   // Each value as a 0-dim tensor of its own: the times of many stages in one call.
   m.def("time_tensors(float[] values, ScalarType dtype, Device device) -> Tensor[]");

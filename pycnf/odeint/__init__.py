@@ -1,6 +1,9 @@
 """Solvers for ordinary differential equations with torchdiffeq's interface."""
 
+from pycnf.odeint.dense import odeint_dense
+from pycnf.odeint.events import odeint_event
 from pycnf.odeint.gradient import odeint_adjoint
+from pycnf.odeint.per_sample import odeint_per_sample
 from pycnf.odeint.solve import odeint
 
-__all__ = ["odeint", "odeint_adjoint"]
+__all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event", "odeint_per_sample"]

@@ -84,8 +84,6 @@ class AdaptiveSolver:
         unused: options that the method does not have.
     """
 
-    one_step = True  # a step needs no more of those before it than `Accepted` keeps
-
     def __init__(
         self,
         problem: Problem,
@@ -150,7 +148,7 @@ class AdaptiveSolver:
         # A copy, and now: the field may edit its input.
         solution[0] = y0.detach()
         pieces = [y0.clone()[None] if graph else solution[:1]]
-        self._start(times)
+        self.start(times)
         done = 1
         while done < len(values):
             if values[done] <= self.s:
@@ -159,25 +157,23 @@ class AdaptiveSolver:
                 pieces.append(solution[done : done + 1])
                 done += 1
                 continue
-            limit = self.limits.max_num_steps
-            assert self.taken < limit, f"max_num_steps exceeded ({self.taken}>={limit})"
-            step = self._attempt()
-            self.taken += 1
+            step = self.attempt()
             if step is None:
                 continue
             end = bisect.bisect_right(values, step.times.end, lo=done)
             if end > done:
-                outputs, has_graph = self._outputs(step, times, done, end, solution)
+                outputs, has_graph = self.outputs(step, times, done, end, solution)
                 graph = graph or has_graph
                 pieces.append(outputs)
                 self.taken = 0
                 if self.tape is not None:
                     self.tape[-1].outputs = range(done, end)
                 done = end
-            self._advance(step)
+            self.advance(step)
         return torch.cat(pieces) if graph else solution
 
-    def _start(self, times: Tensor) -> None:
+    def start(self, times: Tensor) -> None:
+        """Evaluates the field at times[0] and chooses the first step size."""
         problem = self.problem
         y0 = problem.y0
         self.s = times[0].item()
@@ -263,11 +259,14 @@ class AdaptiveSolver:
 
     # ---- one attempt -----------------------------------------------------------------------------
 
-    def _attempt(self) -> Step | None:
+    def attempt(self) -> Step | None:
         """Tries a step of size ds from s; the step if it is accepted. Sets the size of the next
         attempt.
         """
         limits, round_ = self.limits, self.round
+        limit = limits.max_num_steps
+        assert self.taken < limit, f"max_num_steps exceeded ({self.taken}>={limit})"
+        self.taken += 1
         if not math.isfinite(self.ds):
             self.ds, self.ds_graph = limits.min_step, None
         ds, ds_graph = self.ds, self.ds_graph
@@ -392,7 +391,7 @@ class AdaptiveSolver:
 
     # ---- after an accepted step ------------------------------------------------------------------
 
-    def _outputs(
+    def outputs(
         self, step: Step, times: Tensor, begin: int, end: int, solution: Tensor
     ) -> tuple[Tensor, bool]:
         """States at output times within the step, and whether they carry a graph."""
@@ -429,7 +428,7 @@ class AdaptiveSolver:
         self._evaluate(step, [f0])
         return step
 
-    def _advance(self, step: Step) -> None:
+    def advance(self, step: Step) -> None:
         """Makes the end of the step the start of the next."""
         self.rows.advance()
         self.f_graph = step.k[-1] if step.k is not None and step.k[-1].requires_grad else None

@@ -18,8 +18,8 @@ from pycnf.odeint.autocast import autocast_of_now
 from pycnf.odeint.joined import JoinedSolver
 from pycnf.odeint.norms import AdjointNorm, flat_to_shapes
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
-from pycnf.odeint.solve import SOLVERS, solve_without_graph
-from pycnf.odeint.tableau import TABLEAUX
+from pycnf.odeint.solve import SOLVERS, make_solver, solve_without_graph
+from pycnf.odeint.until_event import solve_until_event
 
 
 def _adjoint_norm(norm: Any, problem: Problem) -> Callable:
@@ -52,13 +52,25 @@ class _Continuous(torch.autograd.Function):
         ctx.adjoint_options = backward["options"]
         ctx.time_gradient = s.requires_grad
         ctx.autocast = autocast_of_now(y0.device)
-        solution = solve_without_graph(problem)
+        event = None
+        if problem.event_fn is None:
+            solution = solve_without_graph(problem)
+        else:
+            event, solution = solve_until_event(make_solver(problem))
+            event = event.to(s)
+        ctx.event = None if event is None else event.clone()
         ctx.save_for_backward(solution, s, *params)
-        return solution
+        return solution if event is None else (event, solution)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, *grads_out: Tensor):
+        # That of an event's time goes nowhere.
+        grad = grads_out[-1]
         y, s, *params = ctx.saved_tensors
+        if ctx.event is not None and ctx.event != s[0]:
+            s = torch.stack([s[0], ctx.event])
+        elif ctx.event is not None:
+            y, s, grad = y[:1], s[:1], grad.sum(0, keepdim=True)
         arguments = {**ctx.backward_arguments, "options": ctx.adjoint_options}
         # A zero cotangent may have a derivative, so it is no reason to pass through.
         joined = arguments["joined"] and not torch.is_grad_enabled()
@@ -67,7 +79,10 @@ class _Continuous(torch.autograd.Function):
         solve = _solve_joined if joined else _solve_intervals
         with ctx.autocast():
             field = _AdjointField(ctx.problem, params)
-            return None, None, *solve(field, y, s, grad, arguments, ctx.time_gradient)
+            to_y0, to_s, *rest = solve(field, y, s, grad, arguments, ctx.time_gradient)
+        if ctx.event is not None and to_s is not None:
+            to_s = torch.stack([to_s[0], torch.zeros_like(to_s[0])])
+        return None, None, to_y0, to_s, *rest
 
 
 def _start(field: _AdjointField, y: Tensor, adjoint: Tensor) -> list[Tensor]:
@@ -180,7 +195,7 @@ def _solve_joined(
 
         method = SOLVERS[problem.method]
         solver = JoinedSolver(
-            problem, TABLEAUX[problem.method], method.label, **problem.options,
+            problem, method.tableau, method.label, **problem.options,
             stops=[(-times[i], i) for i in reversed(stops)],
             jump=jump,
             jumped=moved if time_gradient else None,

@@ -7,7 +7,7 @@ of which keeps no more than its start.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from pycnf.odeint.fixed_grid import Ends, FixedGridSolver
 from pycnf.odeint.problem import Problem
 from pycnf.odeint.recomputed import Recomputed
 from pycnf.odeint.solve import make_solver
+from pycnf.odeint.until_event import solve_until_event
 
 
 class _Discrete(torch.autograd.Function):
@@ -33,33 +34,58 @@ class _Discrete(torch.autograd.Function):
         solver = make_solver(problem, [])
         ctx.solver, ctx.with_times = solver, s.requires_grad
         ctx.autocast = autocast_of_now(y0.device)
+        fixed = isinstance(solver, FixedGridSolver)
+        event, ctx.event, times = None, None, s
+        ctx.make_grid = solver.grid if fixed else None
+        if problem.event_fn is not None:
+            ctx.event, solution = solve_until_event(solver)
+            event = ctx.event.to(s)
+            times = _times_to_event(s, ctx.event)
+            if fixed:
+                ctx.make_grid = partial(_grid_to_event, [ends for _, ends in solver.tape])
         ctx.grid = None
-        if isinstance(solver, FixedGridSolver):
+        if fixed:
             # The grid's dependence on the output times is a graph of times only, and kept.
-            leaf = _leaf(s)
+            leaf = _leaf(times)
             with torch.enable_grad():
-                ctx.grid = (leaf, solver.grid(leaf if s.requires_grad else s.detach()))
-            solution = solver.integrate(ctx.grid[1].detach())
-        else:
-            solution = solver.integrate()
+                ctx.grid = (leaf, ctx.make_grid(leaf if s.requires_grad else times.detach()))
+        if event is None:
+            solution = solver.integrate(ctx.grid[1].detach()) if fixed else solver.integrate()
         ctx.save_for_backward(y0, s, *params)
-        return solution
+        return solution if event is None else (event, solution)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, *grads_out: Tensor):
+        # That of an event's time goes nowhere.
+        grad = grads_out[-1]
         y0, s, *params = ctx.saved_tensors
-        gradient = partial(_gradient, ctx.solver, ctx.grid, params, ctx.with_times)
+        times = s if ctx.event is None else _times_to_event(s, ctx.event)
+        grids = (ctx.grid, ctx.make_grid)
+        gradient = partial(_gradient, ctx.solver, grids, params, ctx.with_times)
         with ctx.autocast():
             if torch.is_grad_enabled():
-                to_y0, to_s, *rest = Recomputed.apply(gradient, 3, y0, s, grad, *params)
+                to_y0, to_s, *rest = Recomputed.apply(gradient, 3, y0, times, grad, *params)
             else:
-                to_y0, to_s, *rest = gradient(y0, s, grad)
+                to_y0, to_s, *rest = gradient(y0, times, grad)
+        if ctx.event is not None:
+            to_s = torch.stack([to_s[0], torch.zeros_like(to_s[0])]).to(s)
         return None, to_y0, to_s if ctx.with_times else None, *rest
+
+
+def _times_to_event(s: Tensor, event: Tensor) -> Tensor:
+    """The output times [2] of a solve that ended at an event, in the dtype of its steps."""
+    return torch.stack([s[0].to(event), event])
+
+
+def _grid_to_event(steps: Sequence[Ends], times: Tensor) -> Tensor:
+    """The grid that led to an event, which moves with the start."""
+    points = times.new_tensor([steps[0].start, *(ends.end for ends in steps)])
+    return points + (times[0] - times[0].detach()) if times.requires_grad else points
 
 
 def _gradient(
     solver: AdaptiveSolver | FixedGridSolver,
-    grid: tuple[Tensor, Tensor] | None,
+    grids: tuple[tuple[Tensor, Tensor] | None, Callable[[Tensor], Tensor] | None],
     params: Sequence[Tensor],
     with_times: bool,
     y0: Tensor,
@@ -68,11 +94,17 @@ def _gradient(
 ) -> list[Tensor]:
     """Gradients to y0, to the times (zeros if not wanted) and to the parameters; with gradients on,
     with their graph from y0, s and grad.
+
+    grids: of a method on a grid, a copy of the times with the grid, and what made it of them.
     """
     fixed = isinstance(solver, FixedGridSolver)
+    grid, make_grid = grids
     if torch.is_grad_enabled():
-        replayed = _replay_fixed if fixed else _replay_adaptive
-        solution = replayed(solver, params, y0, s if with_times else s.detach())
+        times = s if with_times else s.detach()
+        if fixed:
+            solution = _replay_fixed(solver, params, y0, times, make_grid)
+        else:
+            solution = _replay_adaptive(solver, params, y0, times)
         return list(
             torch.autograd.grad(
                 solution, (y0, s, *params), grad, create_graph=True, materialize_grads=True
@@ -332,13 +364,17 @@ def _take_fixed_step_again(
 
 
 def _replay_fixed(
-    solver: FixedGridSolver, params: Sequence[Tensor], y0: Tensor, s: Tensor
+    solver: FixedGridSolver,
+    params: Sequence[Tensor],
+    y0: Tensor,
+    s: Tensor,
+    make_grid: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """As `_replay_adaptive`, the grid with its graph from the times alone."""
     if s.requires_grad:
-        (points,) = Recomputed.apply(lambda s: (solver.grid(s).clone(),), 1, s)
+        (points,) = Recomputed.apply(lambda s: (make_grid(s).clone(),), 1, s)
     else:
-        points = solver.grid(s).detach()
+        points = make_grid(s).detach()
     shown_by_steps = _shown_by_steps(points.tolist(), s.tolist())
     solution = [y0]
     y = y0

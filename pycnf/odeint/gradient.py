@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from pycnf.odeint.adjoint import _adjoint_norm, _Continuous
 from pycnf.odeint.discrete import _Discrete
-from pycnf.odeint.problem import make_problem
-from pycnf.odeint.solve import SOLVERS
+from pycnf.odeint.norms import flat_to_shapes
+from pycnf.odeint.problem import least_event, make_problem
+from pycnf.odeint.solve import SOLVERS, odeint
+from pycnf.odeint.transforms import transforming
 
 
 def odeint_adjoint(
@@ -30,22 +32,25 @@ def odeint_adjoint(
     atol: Any = 1e-9,
     method: str | None = None,
     options: dict[str, Any] | None = None,
+    event_fn: Callable | None = None,
     adjoint_rtol: Any = None,
     adjoint_atol: Any = None,
     adjoint_method: str | None = None,
     adjoint_options: dict[str, Any] | None = None,
     adjoint_params: Sequence[Tensor] | None = None,
     gradient: str = "continuous",
-) -> Tensor | tuple[Tensor, ...]:
+) -> Tensor | tuple[Tensor, ...] | tuple[Tensor, Tensor | tuple[Tensor, ...]]:
     """Like `odeint`, with gradients to y0, t and parameters at constant memory (or a tape of
     accepted steps).
 
     A drop-in for `torchdiffeq.odeint_adjoint`, and two additions: `gradient`, and derivatives of
-    every order (`create_graph=True`) to y0, t and parameters.
+    every order (`create_graph=True`) to y0, t and parameters. Under torch.func's transforms and in
+    forward mode it is `odeint`, whose gradient they know.
 
     Args:
-        func, y0, t, rtol, atol, method, options: as for `odeint`; func is an nn.Module unless
-            adjoint_params are given.
+        func, y0, t, rtol, atol, method, options, event_fn: as for `odeint`; func is an nn.Module
+            unless adjoint_params are given. Gradients go back from the event's time as if that were
+            given; of t only the start has one.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: of the backward solve; by
             default those of the forward solve, but for options["norm"]. adjoint_options["norm"] may
             be "seminorm" or a callable of the tuple (t, *y, *adj_y, *params).
@@ -86,7 +91,7 @@ def odeint_adjoint(
         # A solve chooses its steps by its values, so a compiler has nothing to trace. The decorator
         # would import the compiler with every `import pycnf`.
         return torch.compiler.disable(odeint_adjoint)(
-            func, y0, t, rtol=rtol, atol=atol, method=method, options=options,
+            func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn,
             adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol, adjoint_method=adjoint_method,
             adjoint_options=adjoint_options, adjoint_params=adjoint_params, gradient=gradient,
         )  # fmt: skip
@@ -132,13 +137,18 @@ def odeint_adjoint(
             "norm.",
             stacklevel=2,
         )
-    problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS)
+    if transforming():
+        return odeint(
+            func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn
+        )
+    problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS, event_fn)
+    if event_fn is not None:
+        # torchdiffeq takes initial signs again of what it has combined, and calls event_fn for it.
+        state = problem.y0.detach()
+        state = state if problem.shapes is None else flat_to_shapes(state, problem.shapes)
+        start = problem.event_time(problem.s[0].detach())
+        problem.event_fn = least_event(problem.event_fn, start, state)
     if gradient == "discrete":
-        if not SOLVERS[problem.method].solver.one_step:
-            raise ValueError(
-                'gradient="discrete" is for methods whose steps need nothing from the steps before '
-                f'them, got method "{problem.method}"; use "continuous"'
-            )
         # The caller may edit y0 before backward, which takes the steps again from there.
         problem.y0 = problem.y0.clone()
         solution = _Discrete.apply(problem, problem.y0, problem.s, *trainable)
@@ -152,7 +162,10 @@ def odeint_adjoint(
             joined=gradient == "joined",
         )
         solution = _Continuous.apply(problem, backward, problem.y0, problem.s, *trainable)
-    return problem.shaped(solution)
+    if event_fn is None:
+        return problem.shaped(solution)
+    event, solution = solution
+    return problem.event_time(event), problem.shaped(solution)
 
 
 def find_parameters(module: nn.Module) -> tuple[Tensor, ...]:

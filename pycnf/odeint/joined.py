@@ -49,15 +49,15 @@ class JoinedSolver(AdaptiveSolver):
         super()._sort_stops()
         self._land(self.round_state(self.s))
 
-    def _attempt(self) -> Step | None:
+    def attempt(self) -> Step | None:
         wished = self.ds
-        step = super()._attempt()
+        step = super().attempt()
         if step is not None and step.stop == _NAME and math.isfinite(wished):
             self.ds = min(max(self.ds, wished), self.limits.max_step)
         return step
 
-    def _advance(self, step: Step) -> None:
-        super()._advance(step)
+    def advance(self, step: Step) -> None:
+        super().advance(step)
         # A user's jump_t at the same time has set the far side of it.
         self._land(self.f_time if step.stop == "jump_t" else self.round_state(self.s))
 

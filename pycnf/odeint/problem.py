@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,10 +19,6 @@ from torch import Size, Tensor
 
 from pycnf.odeint.norms import MixedNorm, RmsNorm, flat_to_shapes, segments_of
 
-NOT_YET = (
-    *("explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver", "implicit_euler"),
-    *("implicit_midpoint", "trapezoid", "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2"),
-)
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
@@ -34,16 +31,19 @@ class Problem:
         y0: state, contiguous; flat [N] for a tuple state.
         shapes: of the parts of a tuple state, None for a tensor state.
         s: times [T], ascending, on y0's device.
+        times: the same as numbers.
         sign: 1, or -1 for descending t.
         rtol, atol: a number or a tensor.
         norm: as the user sees it: of a tensor, or of a tuple of tensors.
         callbacks: by name, those that func has.
+        event_fn: of (t, y) as the user has them, 0-dim; the solve ends where it changes sign.
     """
 
     func: Callable
     y0: Tensor
     shapes: list[Size] | None
     s: Tensor
+    times: list[float]
     sign: int
     rtol: Any
     atol: Any
@@ -51,6 +51,7 @@ class Problem:
     options: dict[str, Any]
     norm: Callable
     callbacks: dict[str, Callable]
+    event_fn: Callable | None = None
 
     def call(self, t: Tensor, y: Tensor) -> list[Tensor]:
         """The field at (t, y), as it came: one tensor, or the parts of a tuple."""
@@ -74,7 +75,19 @@ class Problem:
 
     def as_state(self, fresh: list[Tensor], y: Tensor) -> Tensor:
         """What `call` returned as one tensor like y, with its graph."""
-        return self.joined(fresh).reshape(y.shape).to(y.dtype)
+        f = self.joined(fresh)
+        if f.shape == y.shape and f.dtype == y.dtype:
+            return f
+        return f.reshape(y.shape).to(y.dtype)
+
+    def event(self, t: Tensor, y: Tensor) -> Tensor:
+        """The event function at (t, y), t as the user counts it."""
+        return self.event_fn(t, y if self.shapes is None else flat_to_shapes(y, self.shapes))
+
+    def event_time(self, s: Tensor) -> Tensor:
+        """A time as the user counts it, in the dtype of t."""
+        s = s.to(self.s)
+        return s if self.sign > 0 else -s
 
     def norm_of(self, state: Tensor) -> Tensor:
         """The norm of one tensor like y0."""
@@ -116,36 +129,43 @@ def make_problem(
     method: str | None,
     options: dict[str, Any] | None,
     solvers: dict[str, Any],
+    event_fn: Callable | None = None,
 ) -> Problem:
     """Checks the arguments in torchdiffeq's order.
 
     Raises:
         AssertionError, TypeError, ValueError: with torchdiffeq's texts.
     """
+    if event_fn is not None:
+        if len(t) != 2:
+            raise ValueError(
+                f"We require len(t) == 2 when in event handling mode, but got len(t)={len(t)}."
+            )
+        event_fn = least_event(event_fn, t[0], y0)
     shapes = None
     norm: Callable = RmsNorm()
     if not isinstance(y0, Tensor):
         assert isinstance(y0, tuple), "y0 must be either a torch.Tensor or a tuple"
         shapes = [part.shape for part in y0]
-        rtol, atol = _tuple_tolerance("rtol", rtol, shapes), _tuple_tolerance("atol", atol, shapes)
+        rtol, atol = tuple_tolerance("rtol", rtol, shapes), tuple_tolerance("atol", atol, shapes)
         y0 = torch.cat([part.reshape(-1) for part in y0])
         norm = MixedNorm()
     options = {} if options is None else dict(options)
     method = "dopri5" if method is None else method
     if method not in solvers:
         names = '{"' + '", "'.join(solvers) + '"}'
-        later = f' "{method}" is not in pycnf yet.' if method in NOT_YET else ""
-        raise ValueError(f'Invalid method "{method}". Must be one of {names}.{later}')
+        raise ValueError(f'Invalid method "{method}". Must be one of {names}.')
     norm = options.pop("norm", norm)
-    _check_times(t)
-    sign = -1 if len(t) > 1 and t[0] > t[1] else 1
+    times = _checked_times(t)
+    sign = -1 if len(times) > 1 and times[0] > times[1] else 1
     s = t
     if sign < 0:
         s = -t
+        times = [-value for value in times]
         for name in ("step_t", "jump_t"):
             if isinstance(options.get(name), Tensor):
                 options[name] = -options[name]
-    assert (s[1:] > s[:-1]).all(), "t must be strictly increasing or decreasing"
+    assert all(a < b for a, b in pairwise(times)), "t must be strictly increasing or decreasing"
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
         if isinstance(tolerance, Tensor):
             assert not tolerance.requires_grad, f"{name} cannot require gradient"
@@ -158,11 +178,21 @@ def make_problem(
         warnings.warn(f"Solver '{method}' does not support callbacks {unsupported}", stacklevel=3)
     callbacks = {name: callbacks[name] for name in callbacks if name not in unsupported}
     return Problem(
-        func, y0.contiguous(), shapes, s, sign, rtol, atol, method, options, norm, callbacks
-    )
+        func, y0.contiguous(), shapes, s, times, sign, rtol, atol, method, options, norm,
+        callbacks, event_fn,
+    )  # fmt: skip
 
 
-def _tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:
+def least_event(event_fn: Callable, t0: Tensor, y0: Tensor | tuple[Tensor, ...]) -> Callable:
+    """One event of many: the least component, each with the sign that makes it positive at the
+    start.
+    """
+    with torch.no_grad():
+        signs = torch.sign(event_fn(t0, y0))
+    return lambda t, y: torch.min(event_fn(t, y) * signs)
+
+
+def tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:
     """A tolerance per part, spread over the values of the state; anything not iterable is left
     alone.
     """
@@ -179,13 +209,16 @@ def _tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:
     )
 
 
-def _check_times(t: Tensor) -> None:
+def _checked_times(t: Tensor) -> list[float]:
+    """t as numbers."""
     assert isinstance(t, Tensor), "t must be a torch.Tensor"
     if not torch.is_floating_point(t):
         raise TypeError(f"`t` must be a floating point Tensor but is a {t.type()}")
     assert t.ndimension() == 1, "t must be one dimensional"
-    ascending = t[1:] > t[:-1]
-    assert ascending.all() or (~ascending).all(), "t must be strictly increasing or decreasing"
+    times = t.tolist()
+    ascending = [a < b for a, b in pairwise(times)]
+    assert all(ascending) or not any(ascending), "t must be strictly increasing or decreasing"
+    return times
 
 
 def warn_unused(solver: str, unused: dict[str, Any]) -> None:

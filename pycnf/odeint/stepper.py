@@ -122,6 +122,10 @@ class Rows:
         """After an accepted step: its last derivative is the first of the next."""
         self.flip = not self.flip
 
+    def retreat(self) -> None:
+        """Undoes `advance`: the rows are those of the accepted step again."""
+        self.flip = not self.flip
+
 
 def combine(
     y: Tensor, k: Sequence[Tensor], weights: Sequence[float], h: float, h_graph: Tensor | None
