@@ -301,12 +301,14 @@ class AdaptiveSolver:
             _, edited = problem.notify("callback_accept_step", s0, y0, ds, self.dtype)
             if edited != ds:
                 ds = step.times.resize(edited)
+            problem.stats.accept(ds)
             if self.tape is not None:
                 reusable = self.f_time is not None
                 f0 = None if reusable else self.rows.row(0).clone()
                 self.tape.append(Accepted(s0, s1, ds, y0, f0, self.f_time, stop is not None))
         else:
             _, ds = problem.notify("callback_reject_step", s0, y0, ds, self.dtype)
+            problem.stats.rejected += 1
         self.ds, self.ds_graph = self._next_size(ds, error), None
         return step if accepted else None
 

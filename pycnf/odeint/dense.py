@@ -15,6 +15,7 @@ from pycnf.odeint.adaptive import AdaptiveSolver
 from pycnf.odeint.norms import flat_to_shapes
 from pycnf.odeint.problem import make_problem
 from pycnf.odeint.solve import SOLVERS, make_solver
+from pycnf.odeint.stats import publish
 from pycnf.odeint.stepper import combine
 from pycnf.odeint.transforms import transforming
 
@@ -67,11 +68,14 @@ def odeint_dense(
         )
     t = _endpoints(y0, t0, t1)
     problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS)
-    if SOLVERS[problem.method].solver is not AdaptiveSolver:
-        names = [name for name, each in SOLVERS.items() if each.solver is AdaptiveSolver]
+    adaptive = [
+        name for name, each in SOLVERS.items() if getattr(each, "solver", None) is AdaptiveSolver
+    ]
+    if problem.method not in adaptive:
         raise ValueError(
-            f'odeint_dense needs an adaptive method, one of {names}, got "{problem.method}"'
+            f'odeint_dense needs an adaptive method, one of {adaptive}, got "{problem.method}"'
         )
+    publish(problem.stats)
     solver = make_solver(problem)
     steps, quartics = _integrate(solver)
     starts, ends = (_stacked(each, solver.dtype, problem.y0.device) for each in zip(*steps))

@@ -18,6 +18,7 @@ from torch import Size, Tensor
 from pycnf.odeint import rounding
 from pycnf.odeint.norms import MixedNorm, RmsNorm, flat_to_shapes
 from pycnf.odeint.problem import CALLBACKS, tuple_tolerance
+from pycnf.odeint.stats import SolveStats
 from pycnf.odeint.transforms import first_true
 
 
@@ -35,6 +36,7 @@ class Elements:
         rtol, atol: a number or a tensor that broadcasts to y0.
         norm: of one element's state, as the user sees it.
         options: those of the method.
+        stats: what the solves take.
     """
 
     func: Callable
@@ -47,6 +49,7 @@ class Elements:
     atol: Any
     norm: Callable
     options: dict[str, Any]
+    stats: SolveStats
 
     @property
     def element_dims(self) -> int:
@@ -69,6 +72,7 @@ class Elements:
         """
         t = (self.sign * s).to(rounding.real_dtype(y.dtype))
         if self.shapes is None:
+            self.stats.evaluations += 1
             f = self.func(t, y)
             if not isinstance(f, Tensor):
                 raise TypeError(f"func must return a tensor like its state, got {type(f).__name__}")
@@ -80,6 +84,7 @@ class Elements:
                     f"got {tuple(f.shape)}"
                 )
             return f.reshape(y.shape)
+        self.stats.evaluations += 1
         parts = list(self.func(t, flat_to_shapes(y, self.shapes, self.lead)))
         wanted = [self.lead + tuple(shape) for shape in self.shapes]
         sizes = [part.numel() for part in parts]
@@ -199,4 +204,4 @@ def make_elements(
             "batch takes its own steps, nor under torch.func's transforms",
             stacklevel=4,
         )
-    return Elements(func, y0, shapes, lead, s, sign, rtol, atol, norm, options)
+    return Elements(func, y0, shapes, lead, s, sign, rtol, atol, norm, options, SolveStats(method))

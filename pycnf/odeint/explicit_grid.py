@@ -6,6 +6,8 @@ carry no graph.
 
 from __future__ import annotations
 
+from operator import sub
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,10 @@ class ExplicitGridSolver(FixedGridSolver):
             problem.func, problem.shapes, y0, tableau.a, tableau.b, tableau.c, values, outputs,
             time_dtype, problem.sign, self._ends_on_grid(1.0), self.perturb, solution, states,
         )  # fmt: skip
+        stats = problem.stats
+        stats.evaluations += steps * tableau.stages + (0 if result is None else len(rows) + 1)
+        stats.accepted += steps
+        stats.step_sizes += map(sub, values[1 : steps + 1], values)
         for i, state in enumerate(states or []):
             size = self.round(values[i + 1] - values[i])
             self.tape.append((state, Ends(values[i], values[i + 1], size, None)))

@@ -93,8 +93,8 @@ class FixedGridSolver(abc.ABC):
         """The field in ascending time, for grid constructors that want to look at it."""
         problem = self.problem
         if problem.shapes is None:
-            return problem.sign * problem.func(problem.sign * s, y)
-        parts = problem.func(problem.sign * s, flat_to_shapes(y, problem.shapes))
+            return problem.sign * problem.evaluate(problem.sign * s, y)
+        parts = problem.evaluate(problem.sign * s, flat_to_shapes(y, problem.shapes))
         return problem.sign * torch.cat([part.reshape(-1) for part in parts])
 
     def integrate(self, grid: Tensor | None = None) -> Tensor:
@@ -127,6 +127,7 @@ class FixedGridSolver(abc.ABC):
             if self.tape is not None:
                 self.tape.append((y, ends))
             y1, f0 = self._step(y, ends, begun.slopes if i == begun.steps else [])
+            problem.stats.accept(ends.size)
             while shown < len(outputs) and ends.end >= outputs[shown]:
                 piece = self._interpolate(y, y1, f0, ends, s[shown])
                 if not graph and grad and piece.requires_grad:
@@ -220,5 +221,5 @@ def cubic_hermite(y0: Tensor, y1: Tensor, f0: Tensor, f1: Tensor, h: Tensor, x: 
 def problem_call(problem: Problem, t: Tensor, y: Tensor) -> list[Tensor]:
     """The field as it came; unlike in adaptive methods it may broadcast against the state."""
     if problem.shapes is None:
-        return [problem.func(t, y)]
+        return [problem.evaluate(t, y)]
     return problem.call(t, y)

@@ -10,6 +10,7 @@ from torch import Tensor
 from pycnf.odeint.elements import make_elements
 from pycnf.odeint.masked_adaptive import MaskedAdaptiveSolver
 from pycnf.odeint.masked_fixed import MaskedFixedGridSolver
+from pycnf.odeint.stats import publish
 from pycnf.odeint.tableau import TABLEAUX
 
 
@@ -32,6 +33,7 @@ def solve_elements(
         raise ValueError(f'Invalid method "{method}". {where} has {names}.')
     tableau = TABLEAUX[method]
     elements = make_elements(func, y0, t, rtol, atol, method, options, by_rows)
+    publish(elements.stats)
     solver = MaskedAdaptiveSolver if tableau.adaptive else MaskedFixedGridSolver
     label = solvers[method].label
     solution = solver(elements, tableau, label, **elements.options).integrate()

@@ -20,7 +20,7 @@ from pycnf.odeint.elements import Elements
 from pycnf.odeint.masked_outputs import Outputs, fraction, nearest, weighted
 from pycnf.odeint.problem import warn_unused
 from pycnf.odeint.tableau import Tableau
-from pycnf.odeint.transforms import first_true, read_flags
+from pycnf.odeint.transforms import beneath, first_true, read_flags
 
 _UNLIMITED = 2**31 - 1
 
@@ -92,11 +92,15 @@ class MaskedAdaptiveSolver:
         self.origin = (s.detach(), y.detach())
         self._check_stops()
         taken = torch.zeros_like(s)
+        self.accepted = self.rejected = torch.zeros_like(s, dtype=torch.int64)
         while True:
             ds = torch.where(torch.isfinite(ds), ds, self.min_step)
             ds = ds.clamp(self.min_step, self.max_step)
             busy = s < last
             if not self._go_on(busy, taken, s, ds, y):
+                stats = elements.stats
+                stats.accepted = beneath(self.accepted)[0]
+                stats.rejected = beneath(self.rejected)[0]
                 return outputs.solution()
             s, ds, y, f, passed = self._attempt(busy, s, ds, y, f, outputs)
             if self.max_num_steps < _UNLIMITED:
@@ -197,6 +201,8 @@ class MaskedAdaptiveSolver:
             if first_true(wild) is not None:
                 # What overflowed is rejected, but 0 times its derivative would be NaN.
                 y1, k, h = self._step(good, s, s1, ds, y, f)
+        self.accepted = self.accepted + good
+        self.rejected = self.rejected + (busy & ~good)
         f1 = k[-1]
         if on_jump is not None:
             on_jump = on_jump & good

@@ -19,7 +19,7 @@ from pycnf.odeint.fixed_grid import cubic_hermite
 from pycnf.odeint.masked_outputs import Outputs, fraction, nearest
 from pycnf.odeint.problem import warn_unused
 from pycnf.odeint.tableau import Tableau
-from pycnf.odeint.transforms import first_true, largest
+from pycnf.odeint.transforms import beneath, first_true, largest
 
 
 class MaskedFixedGridSolver:
@@ -89,6 +89,9 @@ class MaskedFixedGridSolver:
             slopes = (f0,) if self.interp == "cubic" else ()
             outputs.add(end, start, end, y, y1, *slopes)
             y = y1
+        counts = torch.full_like(grid[0], len(grid) - 1) if steps is None else steps
+        elements.stats.accepted = beneath(counts.detach().long())[0]
+        elements.stats.rejected = torch.zeros_like(elements.stats.accepted)
         return outputs.solution()
 
     def _step(

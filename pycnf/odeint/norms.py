@@ -38,8 +38,8 @@ def _pairs(shapes: Sequence[Size], begin: int = 0) -> list[int]:
 class RmsNorm:
     """RMS of a tensor state; the default for tensors."""
 
-    def __call__(self, state: Tensor) -> Tensor:
-        return rms(state)
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return rms(tensor)
 
     def segments(self, shapes: Sequence[Size]) -> list[int]:
         """One segment, the whole state."""
@@ -49,8 +49,8 @@ class RmsNorm:
 class MixedNorm:
     """Largest RMS of the parts of a tuple state; the default for tuples."""
 
-    def __call__(self, parts: Sequence[Tensor]) -> Tensor | float:
-        return max([rms(part) for part in parts]) if len(parts) else 0.0
+    def __call__(self, tensor_tuple: Sequence[Tensor]) -> Tensor | float:
+        return max([rms(part) for part in tensor_tuple]) if len(tensor_tuple) else 0.0
 
     def segments(self, shapes: Sequence[Size]) -> list[int]:
         """One segment a part."""
@@ -94,8 +94,22 @@ class AdjointNorm:
         return pairs + _pairs(shapes[3:], 1 + 2 * size) if self.parameters else pairs
 
 
+class FlatNorm:
+    """A norm of tuples as a norm of flat states."""
+
+    def __init__(self, norm: Callable, shapes: Sequence[Size]) -> None:
+        self.norm, self.shapes = norm, shapes
+
+    def __call__(self, flat: Tensor) -> Tensor | float:
+        return self.norm(flat_to_shapes(flat, self.shapes))
+
+    def segments(self, shapes: Sequence[Size]) -> list[int] | None:
+        """Those of the norm of tuples."""
+        return segments_of(self.norm, self.shapes)
+
+
 def segments_of(norm: Callable, shapes: Sequence[Size]) -> list[int] | None:
     """Pairs (begin, end) of a norm that the kernels compute, None for any other."""
-    if isinstance(norm, RmsNorm | MixedNorm | AdjointNorm):
+    if isinstance(norm, RmsNorm | MixedNorm | AdjointNorm | FlatNorm):
         return norm.segments(shapes)
     return None

@@ -18,6 +18,7 @@ import torch
 from torch import Size, Tensor
 
 from pycnf.odeint.norms import MixedNorm, RmsNorm, flat_to_shapes, segments_of
+from pycnf.odeint.stats import SolveStats
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
@@ -36,6 +37,7 @@ class Problem:
         rtol, atol: a number or a tensor.
         norm: as the user sees it: of a tensor, or of a tuple of tensors.
         callbacks: by name, those that func has.
+        stats: what the solve takes.
         event_fn: of (t, y) as the user has them, 0-dim; the solve ends where it changes sign.
     """
 
@@ -51,12 +53,18 @@ class Problem:
     options: dict[str, Any]
     norm: Callable
     callbacks: dict[str, Callable]
-    event_fn: Callable | None = None
+    event_fn: Callable | None
+    stats: SolveStats
+
+    def evaluate(self, t: Tensor, y: Tensor | tuple[Tensor, ...]) -> Any:
+        """Whatever func returns for the user's time and state."""
+        self.stats.evaluations += 1
+        return self.func(t, y)
 
     def call(self, t: Tensor, y: Tensor) -> list[Tensor]:
         """The field at (t, y), as it came: one tensor, or the parts of a tuple."""
         if self.shapes is None:
-            f = self.func(t, y)
+            f = self.evaluate(t, y)
             if not isinstance(f, Tensor):
                 raise TypeError(f"func must return a tensor like its state, got {type(f).__name__}")
             if f.shape != y.shape and not (f.numel() == y.numel() == 1):
@@ -65,7 +73,7 @@ class Problem:
                     f"got {tuple(f.shape)}"
                 )
             return [f]
-        return list(self.func(t, flat_to_shapes(y, self.shapes)))
+        return list(self.evaluate(t, flat_to_shapes(y, self.shapes)))
 
     def joined(self, fresh: list[Tensor]) -> Tensor:
         """What `call` returned as one tensor, in the dtype that it came in."""
@@ -173,13 +181,13 @@ def make_problem(
         warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=3)
         s = s.to(y0.device)
     callbacks = {name: getattr(func, name) for name in CALLBACKS if hasattr(func, name)}
-    unsupported = set(callbacks) - solvers[method].callbacks
+    unsupported = set(callbacks) - solvers[method].valid_callbacks()
     if unsupported:
         warnings.warn(f"Solver '{method}' does not support callbacks {unsupported}", stacklevel=3)
     callbacks = {name: callbacks[name] for name in callbacks if name not in unsupported}
     return Problem(
         func, y0.contiguous(), shapes, s, times, sign, rtol, atol, method, options, norm,
-        callbacks, event_fn,
+        callbacks, event_fn, SolveStats(method),
     )  # fmt: skip
 
 

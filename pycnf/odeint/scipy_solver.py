@@ -47,6 +47,7 @@ class ScipySolver:
             )
         warn_unused(name, {k: v for k, v in unused.items() if k not in ("grid_points", "eps")})
         self.problem, self.solver = problem, solver
+        problem.stats.accepted = problem.stats.rejected = None  # SciPy does not tell
         self.steps = {"min_step": min_step, "max_step": max_step}
 
     def integrate(self) -> Tensor:

@@ -18,9 +18,11 @@ from pycnf.odeint.implicit_grid import IMPLICIT_TABLEAUX, ImplicitGridSolver, Im
 from pycnf.odeint.masked import solve_elements
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
 from pycnf.odeint.scipy_solver import ScipySolver
+from pycnf.odeint.stats import publish
 from pycnf.odeint.tableau import TABLEAUX, Tableau
 from pycnf.odeint.transforms import transforming
 from pycnf.odeint.until_event import solve_until_event
+from pycnf.odeint.user_solver import UserSolver, make_user_solver
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class Method:
     solver: type[AdaptiveSolver] | type[FixedGridSolver] | type[ScipySolver]
     tableau: Tableau | ImplicitTableau | None
     callbacks: frozenset[str] = frozenset({"callback_step"})
+
+    def valid_callbacks(self) -> frozenset[str]:
+        """The callbacks that the method knows; classes of the user's have this too."""
+        return self.callbacks
 
 
 _LABELS = {
@@ -59,7 +65,8 @@ _IMPLICIT_LABELS = {
     "trbdf2": "TRBDF2",
 }
 
-SOLVERS: dict[str, Method] = {
+# A class of the user's may be entered beside pycnf's methods, see `user_solver`.
+SOLVERS: dict[str, Method | type] = {
     **{
         name: Method(label, AdaptiveSolver, TABLEAUX[name], frozenset(CALLBACKS))
         if TABLEAUX[name].adaptive
@@ -79,13 +86,15 @@ SOLVERS: dict[str, Method] = {
 
 def make_solver(
     problem: Problem, tape: list | None = None
-) -> AdaptiveSolver | FixedGridSolver | ScipySolver:
+) -> AdaptiveSolver | FixedGridSolver | ScipySolver | UserSolver:
     """The solver of a problem's method with its options.
 
     Raises:
         AttributeError: the method knows no events; torchdiffeq's text.
     """
     method = SOLVERS[problem.method]
+    if not isinstance(method, Method):
+        return make_user_solver(method, problem, tape)
     if problem.event_fn is not None:
         if not issubclass(method.solver, AdaptiveSolver | FixedGridSolver):
             raise AttributeError(
@@ -152,6 +161,7 @@ def odeint(
             is sought on a fixed grid without step_size.
         RuntimeError: 20000 fixed steps met no event.
         TypeError: t is not floating point.
+        ImportError: scipy_solver without SciPy. RuntimeError: SciPy could not reach the end.
         ValueError: unknown method, contradicting options, func returns another shape, or event_fn
             is given with other than two times.
         NotImplementedError: event_fn under torch.func's transforms.
@@ -173,6 +183,7 @@ def odeint(
             )
         return solve_elements(func, y0, t, rtol, atol, method, options, SOLVERS, by_rows=False)
     problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS, event_fn)
+    publish(problem.stats)
     solver = make_solver(problem)
     if event_fn is None:
         return problem.shaped(solver.integrate())

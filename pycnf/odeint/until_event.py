@@ -19,11 +19,14 @@ from pycnf.odeint.explicit_grid import ExplicitGridSolver
 from pycnf.odeint.fixed_grid import Ends, FixedGridSolver, cubic_hermite, problem_call
 from pycnf.odeint.problem import Problem
 from pycnf.odeint.stepper import Rows
+from pycnf.odeint.user_solver import UserSolver
 
 _MAX_FIXED_STEPS = 20000
 
 
-def solve_until_event(solver: AdaptiveSolver | FixedGridSolver) -> tuple[Tensor, Tensor]:
+def solve_until_event(
+    solver: AdaptiveSolver | FixedGridSolver | UserSolver,
+) -> tuple[Tensor, Tensor]:
     """The event's time, 0-dim and ascending in the dtype in which the solver steps, and the states
     [2, *y0.shape] at the start and then.
 
@@ -31,6 +34,8 @@ def solve_until_event(solver: AdaptiveSolver | FixedGridSolver) -> tuple[Tensor,
         AssertionError: as the solve; a method on a fixed grid has no step_size.
         RuntimeError: 20000 steps on a fixed grid met no event.
     """
+    if isinstance(solver, UserSolver):
+        return solver.integrate_until_event()
     search = _on_fixed_grid if isinstance(solver, FixedGridSolver) else _adaptively
     return search(solver)
 
@@ -106,6 +111,7 @@ def _on_fixed_grid(solver: FixedGridSolver) -> tuple[Tensor, Tensor]:
             y1, f0 = solver._step(y, ends, [])
         else:
             y1, f0 = _compiled_step(solver, rows, y, ends)
+        problem.stats.accept(size)
         if _sign(problem, end, y1, dtype) != before:
             break
         start, y = end, y1
