@@ -138,10 +138,8 @@ def _integrate(solver: AdaptiveSolver) -> tuple[list[tuple], Tensor]:
     end = times[1].item()
     solver.start(times)
     steps, sizes, points = [], [], []
-    taken = 0
     while not steps or solver.s < end:
-        step = solver.attempt(taken)
-        taken += 1
+        step = solver.attempt()
         if step is None:
             continue
         k = step.k
