@@ -70,6 +70,10 @@ def test_buffers_frozen_and_shared_parameters(gradient):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def decay(t, y):
+    return -y * torch.cos(t)
+
+
 # --- compilers --------------------------------------------------------------------------------
 
 
@@ -101,6 +105,30 @@ def test_compiled_surroundings(backend, gradient, given):
         for a, b in zip(run(compiled, t), run(loss, t)):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.parametrize("solver", ["odeint", "odeint_dense", "odeint_per_sample", "odeint_event"])
+def test_compiled_surroundings_of_other_solvers(solver):
+    def solve(y0):
+        start = torch.sin(y0)
+        if solver == "odeint_dense":
+            return pycnf.odeint_dense(decay, start, 0.0, 1.0)(0.5).sum()
+        if solver == "odeint_per_sample":
+            return pycnf.odeint_per_sample(lambda t, y: -y, start, TIMES).sum()
+        if solver == "odeint_event":
+            t0 = torch.zeros((), dtype=torch.float64)
+            _, y = pycnf.odeint_event(decay, start, t0, event_fn=lambda t, y: t - 0.5)
+            return y[-1].sum()
+        return pycnf.odeint(decay, start, TIMES).sum()
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(solve, backend="eager")
+    for _ in range(2):
+        y0 = batch().requires_grad_()
+        found = [torch.autograd.grad(f(y0), y0)[0] for f in (compiled, solve)]
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
 
 
 def test_a_compiled_field():

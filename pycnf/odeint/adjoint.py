@@ -8,6 +8,7 @@ gradient is again a solve: every order at constant memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from pycnf.odeint.norms import AdjointNorm, flat_to_shapes
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
 from pycnf.odeint.solve import SOLVERS, make_solver, solve_without_graph
 from pycnf.odeint.until_event import solve_until_event
+
+# Parts of the adjoint state that its field looks at: of a network's parameters there may be many.
+_SEEN = 3
 
 
 def _adjoint_norm(norm: Any, problem: Problem) -> Callable:
@@ -77,8 +81,10 @@ class _Continuous(torch.autograd.Function):
         method = SOLVERS.get(arguments["method"] or "dopri5")
         joined = joined and method is not None and method.solver is AdaptiveSolver
         solve = _solve_joined if joined else _solve_intervals
+        problem = ctx.problem
+        stats = problem.stats.for_backward()
         with ctx.autocast():
-            field = _AdjointField(ctx.problem, params)
+            field = _AdjointField(replace(problem, stats=stats), params)
             to_y0, to_s, *rest = solve(field, y, s, grad, arguments, ctx.time_gradient)
         if ctx.event is not None and to_s is not None:
             to_s = torch.stack([to_s[0], torch.zeros_like(to_s[0])])
@@ -113,11 +119,13 @@ def _solve_intervals(
             field, tuple(state), s[i - 1 : i + 1].flip(0), arguments["rtol"], arguments["atol"],
             arguments["method"], arguments["options"], SOLVERS,
         )  # fmt: skip
+        interval.seen = _SEEN
         if torch.is_grad_enabled():
             again = _arguments_of_the_adjoint(interval, arguments)
             ends = _Continuous.apply(interval, again, interval.y0, interval.s, *field.params)
         else:
             ends = solve_without_graph(interval)
+        field.problem.stats.add_steps(interval.stats)
         state = [part[1] for part in interval.shaped(ends)]
         state[1] = y[i - 1]
         state[2] = state[2] + grad[i - 1]
@@ -181,6 +189,8 @@ def _solve_joined(
             arguments["atol"], arguments["method"], arguments["options"], SOLVERS,
         )  # fmt: skip
 
+        problem.seen = _SEEN
+
         def jump(index: int, flat: Tensor) -> None:
             """The output's value and cotangent enter the adjoint state."""
             _, value, adjoint, *_ = flat_to_shapes(flat, problem.shapes)
@@ -201,6 +211,7 @@ def _solve_joined(
             jumped=moved if time_gradient else None,
         )  # fmt: skip
         state = [part[1] for part in problem.shaped(solver.integrate())]
+        field.problem.stats.add_steps(problem.stats)
     time_grads[0] = state[0].real
     return [state[2] + grad[0], time_grads.to(s) if time_gradient else None, *state[3:]]
 
@@ -208,8 +219,9 @@ def _solve_joined(
 class _AdjointField:
     """d/ds of (t-gradient, y, adj_y, *parameter gradients), for a forward field in ascending time.
 
-    The state's parts are vjp_t, y, adj_y and one part per parameter; what is returned has y's slope
-    in as many parts as the field gave it. With gradients on, it has its graph.
+    The state's parts are vjp_t, y, adj_y and one part per parameter, of which it looks at the first
+    three; what is returned has y's slope in as many parts as the field gave it. With gradients on,
+    it has its graph.
     """
 
     def __init__(self, problem: Problem, params: Sequence[Tensor]) -> None:
@@ -231,7 +243,7 @@ class _AdjointField:
 
     def __call__(self, s: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         problem = self.problem
-        _, y, adjoint, *_ = state
+        _, y, adjoint = state[:_SEEN]
         with_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             t = self._time(s)

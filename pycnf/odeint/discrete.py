@@ -33,6 +33,7 @@ class _Discrete(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, y0: Tensor, s: Tensor, *params: Tensor):
         solver = make_solver(problem, [])
         ctx.solver, ctx.with_times = solver, s.requires_grad
+        ctx.stats = problem.stats
         ctx.autocast = autocast_of_now(y0.device)
         fixed = isinstance(solver, FixedGridSolver)
         event, ctx.event, times = None, None, s
@@ -61,6 +62,8 @@ class _Discrete(torch.autograd.Function):
         y0, s, *params = ctx.saved_tensors
         times = s if ctx.event is None else _times_to_event(s, ctx.event)
         grids = (ctx.grid, ctx.make_grid)
+        problem = ctx.solver.problem
+        problem.stats = ctx.stats.for_backward()
         gradient = partial(_gradient, ctx.solver, grids, params, ctx.with_times)
         with ctx.autocast():
             if torch.is_grad_enabled():

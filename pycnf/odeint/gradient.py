@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pycnf.odeint.adjoint import _adjoint_norm, _Continuous
@@ -20,9 +19,12 @@ from pycnf.odeint.discrete import _Discrete
 from pycnf.odeint.norms import flat_to_shapes
 from pycnf.odeint.problem import least_event, make_problem
 from pycnf.odeint.solve import SOLVERS, odeint
+from pycnf.odeint.stats import publish
 from pycnf.odeint.transforms import transforming
+from pycnf.odeint.untraced import untraced
 
 
+@untraced
 def odeint_adjoint(
     func: Callable,
     y0: Tensor | tuple[Tensor, ...],
@@ -87,14 +89,6 @@ def odeint_adjoint(
         >>> field.weight.grad.shape
         torch.Size([2, 2])
     """
-    if torch.compiler.is_compiling():
-        # A solve chooses its steps by its values, so a compiler has nothing to trace. The decorator
-        # would import the compiler with every `import pycnf`.
-        return torch.compiler.disable(odeint_adjoint)(
-            func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn,
-            adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol, adjoint_method=adjoint_method,
-            adjoint_options=adjoint_options, adjoint_params=adjoint_params, gradient=gradient,
-        )  # fmt: skip
     if gradient not in ("continuous", "joined", "discrete"):
         raise ValueError(f'gradient must be "continuous", "joined" or "discrete", got {gradient!r}')
     if adjoint_params is None and not isinstance(func, nn.Module):
@@ -148,6 +142,7 @@ def odeint_adjoint(
         state = state if problem.shapes is None else flat_to_shapes(state, problem.shapes)
         start = problem.event_time(problem.s[0].detach())
         problem.event_fn = least_event(problem.event_fn, start, state)
+    publish(problem.stats)
     if gradient == "discrete":
         # The caller may edit y0 before backward, which takes the steps again from there.
         problem.y0 = problem.y0.clone()

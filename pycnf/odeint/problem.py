@@ -38,6 +38,7 @@ class Problem:
         norm: as the user sees it: of a tensor, or of a tuple of tensors.
         callbacks: by name, those that func has.
         stats: what the solve takes.
+        seen: how many parts of a tuple state func is given, None for all.
         event_fn: of (t, y) as the user has them, 0-dim; the solve ends where it changes sign.
     """
 
@@ -55,6 +56,7 @@ class Problem:
     callbacks: dict[str, Callable]
     event_fn: Callable | None
     stats: SolveStats
+    seen: int | None = None
 
     def evaluate(self, t: Tensor, y: Tensor | tuple[Tensor, ...]) -> Any:
         """Whatever func returns for the user's time and state."""
@@ -73,7 +75,7 @@ class Problem:
                     f"got {tuple(f.shape)}"
                 )
             return [f]
-        return list(self.evaluate(t, flat_to_shapes(y, self.shapes)))
+        return list(self.evaluate(t, flat_to_shapes(y, self.shapes[: self.seen])))
 
     def joined(self, fresh: list[Tensor]) -> Tensor:
         """What `call` returned as one tensor, in the dtype that it came in."""
