@@ -101,7 +101,8 @@ def _on_fixed_grid(solver: FixedGridSolver) -> tuple[Tensor, Tensor]:
     graph = grad and (s + step_size).requires_grad
     size = step_size.item() if isinstance(step_size, Tensor) else float(step_size)
     start, y = s.item(), problem.y0
-    compiled = isinstance(solver, ExplicitGridSolver) and has_kernels(y.dtype, y.device)
+    # Of Adams methods, subclasses, the tableau only makes the first steps.
+    compiled = type(solver) is ExplicitGridSolver and has_kernels(y.dtype, y.device)
     rows = Rows(solver.tableau, y) if compiled else None
     before = _sign(problem, start, y, dtype)
     for _ in range(_MAX_FIXED_STEPS):
