@@ -299,6 +299,22 @@ def test_event_function_without_numbers():
         assert mine.ys[1, 0].item() == pytest.approx(0.5, abs=1e-5)
 
 
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "rk4"])
+def test_event_function_without_numbers_at_the_start(method):
+    """One component of NaN keeps the sign 0 until another one turns negative; without any other
+    torchdiffeq steps for ever."""
+    field, y0, t, _ = case("tensor")
+
+    def event_fn(t, y):
+        return torch.stack([(t - 0.4).sqrt(), y[0] - 0.5])
+
+    mine, theirs = both((field, y0, t, event_fn), **settings(method))
+    assert_same_event(mine, theirs)
+    assert mine.ys[1, 0].item() == pytest.approx(0.5, abs=1e-3)
+    with pytest.raises(ValueError, match=r"^event_fn has no number at t\[0\] = 0\.2"):
+        run(pycnf, (field, y0, t, lambda t, y: torch.nan * y), **settings(method))
+
+
 @pytest.mark.parametrize("call", [3, 5])
 def test_event_function_that_changes_its_mind(call):
     """Its sign differs without a step: torchdiffeq divides by the length of none."""

@@ -196,7 +196,10 @@ def least_event(event_fn: Callable, t0: Tensor, y0: Tensor | tuple[Tensor, ...])
     start.
     """
     with torch.no_grad():
-        signs = torch.sign(event_fn(t0, y0))
+        values = event_fn(t0, y0)
+        signs = torch.sign(values)
+    if values.numel() > 0 and values.isnan().all():
+        raise ValueError(f"event_fn has no number at t[0] = {t0}, and so no sign to change")
     return lambda t, y: torch.min(event_fn(t, y) * signs)
 
 

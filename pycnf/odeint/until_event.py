@@ -55,7 +55,8 @@ def _adaptively(solver: AdaptiveSolver) -> tuple[Tensor, Tensor]:
     def sign() -> int:
         return _sign(problem, solver.s, solver.y, dtype)
 
-    if sign() == 0:
+    (t0,) = time_tensors([problem.sign * solver.s], dtype, y0.device)
+    if problem.event(t0, y0).item() == 0:
         return times[0], torch.stack([y0, y0])
     before = sign()
     step, slopes = None, solver.rows.k
