@@ -245,6 +245,16 @@ def test_grid_that_is_no_vector(method, grid, got):
     assert call(pycnf, **keywords) == (TypeError, text)
 
 
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_times_on_another_device(method):
+    """They are brought to y0's with a warning; what follows on the meta device is no solve."""
+    text = "t is not on the same device as y0. Coercing to y0.device."
+    for library in (torchdiffeq, pycnf):
+        with pytest.warns(UserWarning, match="same device") as caught:
+            assert raised(call(library, y0=Y0.to("meta"), method=method))
+        assert [str(w.message) for w in caught] == [text]
+
+
 # --- failing solves ---------------------------------------------------------------------------
 
 
