@@ -100,6 +100,16 @@ def test_bad_state(y0):
     assert call(torchdiffeq, y0=y0) == call(pycnf, y0=y0) == (AssertionError, text)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("y0", [torch.tensor([1, 2]), torch.tensor([True])], ids=repr)
+def test_state_without_fractions(y0, method):
+    """torchdiffeq fails somewhere inside, or on a grid cuts every state to integers."""
+    text = rf"^`y0` must be a floating point or complex Tensor but is a {y0.type()}$"
+    for state in (y0, (y0, y0)):
+        with pytest.raises(TypeError, match=text):
+            pycnf.odeint(pair if isinstance(state, tuple) else decay, state, T, method=method)
+
+
 def test_unknown_method():
     """The text lists the methods; ours is longer by those that the release lacks."""
     for method in ("x", "Dopri5", ""):
@@ -137,7 +147,8 @@ def test_tolerance_lists_of_a_tensor_state():
     y0 = torch.ones(3, dtype=F64)
     for tol in ([1e-3, 1e-3], torch.ones(2)):
         assert raised(call(torchdiffeq, y0=y0, atol=tol))
-        assert raised(call(pycnf, y0=y0, atol=tol))
+        text = "atol must broadcast to the state's shape (3,), got (2,)"
+        assert call(pycnf, y0=y0, atol=tol) == (ValueError, text)
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
@@ -153,6 +164,34 @@ def test_repeated_prescribed_times(method):
     # Repetitions before the start are dropped first.
     options = {"step_t": torch.tensor([-0.5, -0.5])}
     assert torch.is_tensor(call(pycnf, method=method, options=options, rtol=1e-2, atol=1e-2))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "implicit_adams", "scipy_solver"])
+@pytest.mark.parametrize("name", ["func", "y0", "rtol", "atol"])
+def test_arguments_among_the_options(method, name):
+    """A tolerance that is put there by mistake must not go unheard."""
+    mine, theirs = (
+        call(library, method=method, options={name: 1e-3}) for library in (pycnf, torchdiffeq)
+    )
+    assert mine[0] is theirs[0] is TypeError
+    assert mine[1] == theirs[1].split(".")[-1]
+
+
+@pytest.mark.parametrize("name", ["min_step", "max_step"])
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_limits_that_are_no_number(method, name):
+    keywords = {"method": method, "options": {name: float("nan")}}
+    expected = (AssertionError, "underflow in dt nan")
+    assert call(torchdiffeq, **keywords) == call(pycnf, **keywords) == expected
+
+
+@pytest.mark.parametrize("value", [1.0, None, [Y0], (Y0,)], ids=repr)
+@pytest.mark.parametrize("method", METHODS)
+def test_field_that_returns_no_tensor(method, value):
+    text = f"func must return a tensor like its state, got {type(value).__name__}"
+    for y0 in (Y0, Y0.clone().requires_grad_()):
+        result = call(pycnf, lambda t, y: value, y0=y0, method=method, rtol=1e-2, atol=1e-2)
+        assert result == (TypeError, text)
 
 
 @pytest.mark.parametrize("method", FIXED)
@@ -193,6 +232,27 @@ def test_grid_that_misses_the_ends(method, grid):
     theirs = call(torchdiffeq, **keywords)
     assert theirs[0] is AssertionError
     assert call(pycnf, **keywords)[0] is AssertionError
+
+
+@pytest.mark.parametrize(
+    ("grid", "got"), [([0.0, 1.0], "list"), (None, "NoneType"), (T[None], "(1, 2)")], ids="123"
+)
+@pytest.mark.parametrize("method", FIXED)
+def test_grid_that_is_no_vector(method, grid, got):
+    keywords = {"method": method, "options": {"grid_constructor": lambda f, y, t: grid}}
+    assert raised(call(torchdiffeq, **keywords))
+    text = f"grid_constructor must return a tensor of times [T], got {got}"
+    assert call(pycnf, **keywords) == (TypeError, text)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_times_on_another_device(method):
+    """They are brought to y0's with a warning; what follows on the meta device is no solve."""
+    text = "t is not on the same device as y0. Coercing to y0.device."
+    for library in (torchdiffeq, pycnf):
+        with pytest.warns(UserWarning, match="same device") as caught:
+            assert raised(call(library, y0=Y0.to("meta"), method=method))
+        assert [str(w.message) for w in caught] == [text]
 
 
 # --- failing solves ---------------------------------------------------------------------------

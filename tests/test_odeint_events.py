@@ -29,6 +29,8 @@ from pycnf.odeint import solve
 
 F32, F64 = torch.float32, torch.float64
 LIBRARIES = (pycnf, torchdiffeq)
+ADAMS = ("explicit_adams", "implicit_adams")
+GRID = (*FIXED, *ADAMS)
 GRADIENT_METHODS = ("dopri5", "dopri8", "bosh3", "tsit5", "adaptive_heun", "rk4", "midpoint")
 
 
@@ -77,7 +79,7 @@ def case(kind, dtype=F64):
 
 def settings(method, dtype=F64):
     """Tolerances, or a step, and the cubic interpolant for some."""
-    if method in FIXED:
+    if method in GRID:
         options = {"step_size": 0.03, "interp": "cubic" if method == "midpoint" else "linear"}
         return {"method": method, "options": options, "atol": 1e-6}
     tol = 1e-3 if method in ("adaptive_heun", "fehlberg2", "bosh3") or dtype == F32 else 1e-6
@@ -138,7 +140,7 @@ def assert_same_event(mine, theirs, tolerance=1e-11):
 
 
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "reversed"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *ADAMS])
 def test_same_calls_and_event(method, kind):
     with torch.no_grad():
         mine, theirs = both(case(kind), **settings(method))
@@ -154,13 +156,13 @@ def test_same_calls_and_event(method, kind):
 
 
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "reversed"])
-@pytest.mark.parametrize("method", ["dopri5", "bosh3", "adaptive_heun", *FIXED])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "adaptive_heun", *GRID])
 def test_float32(method, kind):
     with torch.no_grad():
         mine, theirs = both(case(kind, F32), **settings(method, F32))
     assert mine.log.counts == theirs.log.counts
     # Adaptive steps follow error estimates that are rounding in part.
-    assert_same_event(mine, theirs, 2e-6 if method in FIXED else 2e-2)
+    assert_same_event(mine, theirs, 2e-6 if method in GRID else 2e-2)
     assert_close(mine.event_t, theirs.event_t, 1e-3, 1e-3)
     assert_close(mine.ys, theirs.ys, 1e-3, 1e-3)
 
@@ -295,6 +297,22 @@ def test_event_function_without_numbers():
         mine, theirs = both(problem, **settings(method))
         assert_same_event(mine, theirs)
         assert mine.ys[1, 0].item() == pytest.approx(0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "rk4"])
+def test_event_function_without_numbers_at_the_start(method):
+    """One component of NaN keeps the sign 0 until another one turns negative; without any other
+    torchdiffeq steps for ever."""
+    field, y0, t, _ = case("tensor")
+
+    def event_fn(t, y):
+        return torch.stack([(t - 0.4).sqrt(), y[0] - 0.5])
+
+    mine, theirs = both((field, y0, t, event_fn), **settings(method))
+    assert_same_event(mine, theirs)
+    assert mine.ys[1, 0].item() == pytest.approx(0.5, abs=1e-3)
+    with pytest.raises(ValueError, match=r"^event_fn has no number at t\[0\] = 0\.2"):
+        run(pycnf, (field, y0, t, lambda t, y: torch.nan * y), **settings(method))
 
 
 @pytest.mark.parametrize("call", [3, 5])

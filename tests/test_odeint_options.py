@@ -335,6 +335,52 @@ def test_norm_calls(method, tuple_state):
     assert_same_run(mine, theirs, method)
 
 
+@pytest.mark.parametrize("tolerance", [1e-3, [1e-3], double(1e-3)[0], double(1e-3)[None]], ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    "state", [lambda: torch.tensor(1.0), lambda: torch.ones(1), lambda: torch.ones(2, 3)], ids="012"
+)
+@pytest.mark.parametrize("method", ["dopri5", "adaptive_heun"])
+def test_what_a_norm_is_given(method, state, grad, tolerance):
+    """Its argument has the shape and dtype to which the state and the tolerances promote."""
+
+    def run(library):
+        seen = []
+
+        def norm(y):
+            seen.append((y.shape, y.dtype))
+            return y.abs().max()
+
+        y0, t = state().requires_grad_(grad), torch.tensor([0.0, 1.0])
+        keywords = {"method": method, "rtol": tolerance, "atol": tolerance}
+        return outcome(
+            lambda: library.odeint(
+                lambda t, y: y, y0, t, options={"norm": norm}, **keywords
+            ).detach()
+        ), seen
+
+    (mine, my_types), (theirs, their_types) = run(pycnf), run(torchdiffeq)
+    assert my_types[:4] == their_types[:4]
+    assert set(my_types) == set(their_types)
+    assert_same_outcome(mine, theirs, 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("method", REPRESENTATIVE)
+def test_norm_and_first_step_of_one_element(method, grad):
+    """A norm that keeps a dimension, a first step that is no 0-dim tensor."""
+    cases = ({"norm": lambda y: y.abs().amax(0, keepdim=True)}, {"first_step": double(0.1)})
+
+    def run(library, options):
+        y0 = double(1.0, -0.5).requires_grad_(grad)
+        keywords = {"method": method, "rtol": 1e-3, "atol": 1e-3, "options": options}
+        ys = library.odeint(saw, y0, double(0.0, 0.4), **keywords)
+        return (ys.detach(), *(torch.autograd.grad(ys[-1].sum(), y0) if grad else ()))
+
+    for options in cases:
+        assert_close(run(pycnf, options), run(torchdiffeq, options), *value_tolerance(method))
+
+
 @pytest.mark.parametrize("method", FIXED)
 def test_fixed_methods_ignore_a_norm(method):
     def norm(y):
@@ -353,6 +399,7 @@ TENSOR_TOLERANCES = {
     "0-dim tensor": lambda: double(1e-4)[0],
     "0-dim f32 tensor": lambda: torch.tensor(1e-4),
     "per element": lambda: double(1e-2, 1e-5, 1e-4),
+    "one element, 2-d": lambda: double(1e-4)[None],
     "int": lambda: 1,
     "zero": lambda: 0.0,
 }
@@ -431,6 +478,7 @@ FIXED_OPTIONS = {
     "step_size, cubic": {"step_size": 0.37, "interp": "cubic"},
     "cubic on the grid of outputs": {"interp": "cubic"},
     "perturb": {"step_size": 0.25, "perturb": True},
+    "perturb as another truth": {"step_size": 0.25, "perturb": "yes"},
     "perturb, cubic": {"step_size": 0.3, "perturb": True, "interp": "cubic"},
     "grid_constructor": {"grid_constructor": lambda f, y, t: bent_grid(t)},
 }

@@ -62,18 +62,26 @@ class Accepted:
     outputs: range = range(0)
 
 
-def _tolerance(value: Any, dtype: torch.dtype, y0: Tensor) -> Tensor:
+def _tolerance(name: str, tolerance: Tensor, y0: Tensor) -> Tensor:
     """float64: 0-dim for one number, else one value per value of the state.
 
     By torch's promotion, tolerances that are no plain numbers, and 0-dim states, are scaled in the
     dtype of time; one value per value makes the kernels do so.
     """
-    tolerance = torch.as_tensor(value, dtype=dtype).double()
     if tolerance.dim() == 0 and y0.dim() > 0:
-        return tolerance.cpu()
-    shape = y0.shape if y0.dim() > 0 else (1,)
+        return tolerance.cpu().double()
+    shape = y0.shape if y0.dim() > 0 else torch.Size([1])
+    if tolerance.numel() == 1:
+        tolerance = tolerance.reshape(1)
+    try:
+        tolerance = tolerance.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} must broadcast to the state's shape {tuple(y0.shape)}, "
+            f"got {tuple(tolerance.shape)}"
+        ) from None
     home = "cpu" if y0.device.type == "mps" else y0.device  # MPS has no float64
-    return tolerance.to(home).expand(shape).contiguous()
+    return tolerance.to(home, torch.float64).contiguous()
 
 
 class AdaptiveSolver:
@@ -113,18 +121,24 @@ class AdaptiveSolver:
         self.round_state = rounding.rounding(rounding.real_dtype(y0.dtype))
         numbers = (safety, ifactor, dfactor, min_step, max_step)
         self.limits = Limits(*(self.round(float(x)) for x in numbers), int(max_num_steps))
+        for bound in (self.limits.min_step, self.limits.max_step):
+            assert not math.isnan(bound), "underflow in dt nan"  # clamped to NaN, every step is
         self.first_step = first_step
         self.given_stops = {"step_t": step_t, "jump_t": jump_t}
         self.stops: dict[str, list[float]] = {}
         self.stop_graphs: dict[str, Sequence[Tensor]] = {}
         segments = problem.segments()
         self.own_norm = segments is not None
+        # As torch's promotion would have them: for norms that only their own code can compute.
+        self.tolerances = {
+            name: torch.as_tensor(value, dtype=self.dtype, device=y0.device)
+            for name, value in (("rtol", problem.rtol), ("atol", problem.atol))
+        }
         self.rows = Rows(
             tableau,
             y0,
             segments or [],
-            _tolerance(problem.rtol, self.dtype, y0),
-            _tolerance(problem.atol, self.dtype, y0),
+            *(_tolerance(name, value, y0) for name, value in self.tolerances.items()),
         )
         # The dtype in which torch would have the scaled error.
         plain = self.rows.rtol.dim() == 0 and self.rows.atol.dim() == 0
@@ -193,6 +207,7 @@ class AdaptiveSolver:
             first = self._initial_step_by_tensors(problem.joined(fresh))
         else:
             first = torch.tensor(self._initial_step(), dtype=self.dtype)
+        first = first.reshape(())
         self.ds = first.item()
         self.ds_graph = first if grad and first.requires_grad else None
         self.finite = bool(torch.isfinite(y0).all())
@@ -239,10 +254,11 @@ class AdaptiveSolver:
 
     def _initial_step_by_tensors(self, f0: Tensor) -> Tensor:
         """The same with its graph, and for norms that only their own code can compute."""
-        problem, rows = self.problem, self.rows
+        problem = self.problem
         y0 = problem.y0
         norm = problem.norm_of
-        scale = rows.atol + y0.abs() * rows.rtol
+        rtol, atol = self.tolerances.values()
+        scale = atol + y0.abs() * rtol
         d0, d1 = abs(norm(y0 / scale)), abs(norm(f0 / scale))
         tiny = torch.tensor(1e-6, dtype=rounding.real_dtype(y0.dtype), device=y0.device)
         h0 = tiny if d0 < 1e-5 or d1 < 1e-5 else abs(0.01 * d0 / d1)
@@ -375,7 +391,11 @@ class AdaptiveSolver:
         step.finite = finite != 0
         if step.ratio is None:
             return self.round_error(norm)
-        return float(abs(self.problem.norm_of(step.ratio)))
+        ratio = step.ratio
+        for tolerance in self.tolerances.values():
+            shape = torch.broadcast_shapes(ratio.shape, tolerance.shape)
+            ratio = ratio.expand(shape).to(torch.result_type(ratio, tolerance))
+        return float(abs(self.problem.norm_of(ratio)))
 
     def _next_size(self, ds: float, error: float) -> float:
         """An I controller that never shrinks an accepted step."""

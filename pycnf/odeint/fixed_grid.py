@@ -72,7 +72,7 @@ class FixedGridSolver(abc.ABC):
             raise ValueError("step_size and grid_constructor are mutually exclusive arguments.")
         self.problem, self.tableau, self.tape = problem, tableau, tape
         self.step_size, self.grid_constructor = step_size, grid_constructor
-        self.interp, self.perturb = interp, perturb
+        self.interp, self.perturb = interp, bool(perturb)
         self.round = rounding.rounding(problem.s.dtype)
 
     def grid(self, s: Tensor) -> Tensor:
@@ -85,9 +85,11 @@ class FixedGridSolver(abc.ABC):
             return torch.cat([grid[:-1], s[-1:]])
         if self.grid_constructor is None:
             return s
-        if problem.sign < 0:
-            return -self.grid_constructor(self._field, problem.y0, -s)
-        return self.grid_constructor(self._field, problem.y0, s)
+        grid = self.grid_constructor(self._field, problem.y0, problem.sign * s)
+        if not isinstance(grid, Tensor) or grid.dim() != 1:
+            got = tuple(grid.shape) if isinstance(grid, Tensor) else type(grid).__name__
+            raise TypeError(f"grid_constructor must return a tensor of times [T], got {got}")
+        return problem.sign * grid
 
     def _field(self, s: Tensor, y: Tensor) -> Tensor:
         """The field in ascending time, for grid constructors that want to look at it."""

@@ -66,9 +66,7 @@ class Problem:
     def call(self, t: Tensor, y: Tensor) -> list[Tensor]:
         """The field at (t, y), as it came: one tensor, or the parts of a tuple."""
         if self.shapes is None:
-            f = self.evaluate(t, y)
-            if not isinstance(f, Tensor):
-                raise TypeError(f"func must return a tensor like its state, got {type(f).__name__}")
+            f = _checked_slope(self.evaluate(t, y))
             if f.shape != y.shape and not (f.numel() == y.numel() == 1):
                 raise ValueError(
                     f"func must return the shape of its state, {tuple(y.shape)}, "
@@ -80,7 +78,7 @@ class Problem:
     def joined(self, fresh: list[Tensor]) -> Tensor:
         """What `call` returned as one tensor, in the dtype that it came in."""
         if self.shapes is None:
-            return fresh[0]
+            return _checked_slope(fresh[0])
         return torch.cat([part.reshape(-1) for part in fresh])
 
     def as_state(self, fresh: list[Tensor], y: Tensor) -> Tensor:
@@ -160,6 +158,8 @@ def make_problem(
         rtol, atol = tuple_tolerance("rtol", rtol, shapes), tuple_tolerance("atol", atol, shapes)
         y0 = torch.cat([part.reshape(-1) for part in y0])
         norm = MixedNorm()
+    if not (torch.is_floating_point(y0) or torch.is_complex(y0)):
+        raise TypeError(f"`y0` must be a floating point or complex Tensor but is a {y0.type()}")
     options = {} if options is None else dict(options)
     method = "dopri5" if method is None else method
     if method not in solvers:
@@ -197,7 +197,10 @@ def least_event(event_fn: Callable, t0: Tensor, y0: Tensor | tuple[Tensor, ...])
     start.
     """
     with torch.no_grad():
-        signs = torch.sign(event_fn(t0, y0))
+        values = event_fn(t0, y0)
+        signs = torch.sign(values)
+    if values.numel() > 0 and values.isnan().all():
+        raise ValueError(f"event_fn has no number at t[0] = {t0}, and so no sign to change")
     return lambda t, y: torch.min(event_fn(t, y) * signs)
 
 
@@ -218,6 +221,12 @@ def tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:
     )
 
 
+def _checked_slope(f: Any) -> Tensor:
+    if not isinstance(f, Tensor):
+        raise TypeError(f"func must return a tensor like its state, got {type(f).__name__}")
+    return f
+
+
 def _checked_times(t: Tensor) -> list[float]:
     """t as numbers."""
     assert isinstance(t, Tensor), "t must be a torch.Tensor"
@@ -233,5 +242,8 @@ def _checked_times(t: Tensor) -> list[float]:
 
 def warn_unused(solver: str, unused: dict[str, Any]) -> None:
     """torchdiffeq's warning about options that a method does not have."""
+    for name in ("func", "y0", "rtol", "atol"):
+        if name in unused:
+            raise TypeError(f"{solver}() got multiple values for keyword argument '{name}'")
     if unused:
         warnings.warn(f"{solver}: Unexpected arguments {unused}", stacklevel=4)

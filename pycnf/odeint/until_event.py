@@ -55,7 +55,8 @@ def _adaptively(solver: AdaptiveSolver) -> tuple[Tensor, Tensor]:
     def sign() -> int:
         return _sign(problem, solver.s, solver.y, dtype)
 
-    if sign() == 0:
+    (t0,) = time_tensors([problem.sign * solver.s], dtype, y0.device)
+    if problem.event(t0, y0).item() == 0:
         return times[0], torch.stack([y0, y0])
     before = sign()
     step, slopes = None, solver.rows.k
@@ -99,7 +100,8 @@ def _on_fixed_grid(solver: FixedGridSolver) -> tuple[Tensor, Tensor]:
     graph = grad and (s + step_size).requires_grad
     size = step_size.item() if isinstance(step_size, Tensor) else float(step_size)
     start, y = s.item(), problem.y0
-    compiled = isinstance(solver, ExplicitGridSolver) and has_kernels(y.dtype, y.device)
+    # Of Adams methods, subclasses, the tableau only makes the first steps.
+    compiled = type(solver) is ExplicitGridSolver and has_kernels(y.dtype, y.device)
     rows = Rows(solver.tableau, y) if compiled else None
     before = _sign(problem, start, y, dtype)
     for _ in range(_MAX_FIXED_STEPS):
