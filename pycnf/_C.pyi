@@ -50,6 +50,12 @@ def rk_combine(
     h_graph: Tensor | None = None,
     ordered: bool = False,
 ) -> Tensor: ...
+def pull_back(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    create_graph: bool,
+) -> list[Tensor | None]: ...
 def time_tensors(
     values: Sequence[float], dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]: ...

@@ -4,6 +4,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <atomic>
@@ -82,6 +84,23 @@ Tensors time_tensors(const Numbers& values, at::ScalarType dtype, at::Device dev
   return op.call(values, dtype, device);
 }
 
+// torch.autograd.grad(..., retain_graph=True, allow_unused=True) without its checks in Python, which
+// take longer than the gradient of a small layer.
+std::vector<MaybeTensor> pull_back(const Tensors& outputs, const Tensors& inputs,
+                                   const Tensors& cotangents, bool create_graph) {
+  Tensors found;
+  try {
+    const py::gil_scoped_release unlocked;
+    found = torch::autograd::grad(outputs, inputs, cotangents, true, create_graph, true);
+  } catch (python_error& error) {  // of a Function or a hook written in Python
+    error.restore();
+    throw py::error_already_set();
+  }
+  std::vector<MaybeTensor> result;
+  for (auto& x : found) result.push_back(x.defined() ? MaybeTensor(std::move(x)) : std::nullopt);
+  return result;
+}
+
 // Asked for at every step of a solve; the GIL is taken a few times a second only.
 void check_signals() {
   using Clock = std::chrono::steady_clock;
@@ -116,6 +135,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("rk_combine", rk_combine, arg("y"), arg("k"), arg("weights"), arg("h"),
         arg("h_graph") = py::none(), arg("ordered") = false, Unlocked());
   m.def("time_tensors", time_tensors, arg("values"), arg("dtype"), arg("device"), Unlocked());
+
+  m.def("pull_back", pull_back, arg("outputs"), arg("inputs"), arg("cotangents"),
+        arg("create_graph"));
 
   pycnf::bind_grid_loop(m);
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pycnf._build import _C
 from pycnf.odeint.adaptive import AdaptiveSolver
 from pycnf.odeint.autocast import autocast_of_now
 from pycnf.odeint.joined import JoinedSolver
@@ -260,10 +261,7 @@ class _AdjointField:
             outputs, weights = zip(*pairs) if pairs else (fresh, cotangents)
             weights = [(-problem.sign * a).to(f.dtype) for f, a in zip(outputs, weights)]
             wanted = (t, y, *self.params)
-            grads = torch.autograd.grad(
-                outputs, wanted, weights,
-                allow_unused=True, retain_graph=True, create_graph=with_graph,
-            )  # fmt: skip
+            grads = _C.pull_back(outputs, wanted, weights, with_graph)
         grads = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads)]
         slopes = fresh if problem.sign > 0 else [-f for f in fresh]
         return (problem.sign * grads[0], *slopes, *grads[1:])

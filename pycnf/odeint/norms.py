@@ -22,7 +22,7 @@ def flat_to_shapes(flat: Tensor, shapes: Sequence[Size], lead: tuple[int, ...] =
     begin = 0
     for shape in shapes:
         end = begin + shape.numel()
-        parts.append(flat[..., begin:end].view((*lead, *shape)))
+        parts.append(flat.narrow(-1, begin, end - begin).view((*lead, *shape)))
         begin = end
     return tuple(parts)
 
