@@ -137,7 +137,7 @@ def quartic(
 
 
 def evaluate_quartic(coefficients: Sequence[Tensor], x: Tensor) -> Tensor:
-    """The quartic at x, a 0-dim tensor in [0, 1]."""
+    """The quartic at x in [0, 1], 0-dim or of a shape that broadcasts to the state."""
     value = coefficients[0] + x * coefficients[1]
     power = x
     for coefficient in coefficients[2:]:

@@ -108,7 +108,9 @@ def test_solver_classes_have_the_peers_constructor_and_bases(module):
         assert ours.valid_callbacks() == peers.valid_callbacks()
         assert getattr(ours, "order", None) == getattr(peers, "order", None)
         names = [base.__name__ for base in peers.__mro__]
-        assert [base.__name__ for base in ours.__mro__] == names
+        # Between them stands what methods have in common of which pycnf takes whole solves.
+        own = [base.__name__ for base in ours.__mro__ if base.__name__ != "WholeSolveODESolver"]
+        assert own == names
 
 
 def test_tableaux_are_the_peers_to_the_bit():

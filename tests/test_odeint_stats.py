@@ -140,3 +140,39 @@ def test_a_solve_that_failed_leaves_what_it_came_to():
     stats = pycnf.last_stats()
     assert stats.accepted + stats.rejected == 4
     assert stats.evaluations == 2 + 6 * 4
+
+
+@pytest.mark.parametrize("outputs", [2, 5])
+@pytest.mark.parametrize("gradient", ["continuous", "joined"])
+def test_backward_solves_are_counted_in_sum(gradient, outputs):
+    seen = {"accept": [], "reject": []}
+    recorder = Recorder(lambda t, y: torch.sin(3 * t) * y.flip(0) - 0.4 * y)
+    recorder.callback_accept_step_adjoint = lambda t, y, dt: seen["accept"].append(dt.item())
+    recorder.callback_reject_step_adjoint = lambda t, y, dt: seen["reject"].append(dt.item())
+    y0 = torch.tensor([1.0, -2.0], dtype=F64, requires_grad=True)
+    t = torch.linspace(0, 4, outputs, dtype=F64)
+    y = pycnf.odeint_adjoint(recorder, y0, t, rtol=1e-5, atol=1e-6, gradient=gradient)
+    stats = pycnf.last_stats()
+    forward = recorder.nfe
+    assert (stats.evaluations, stats.backward) == (forward, None)
+    y.sum().backward()
+    assert pycnf.last_stats() is stats
+    assert stats.evaluations == forward
+    assert stats.backward.evaluations == recorder.nfe - forward
+    assert stats.backward.accepted == len(seen["accept"]) > 0
+    assert stats.backward.rejected == len(seen["reject"])
+    assert stats.backward.step_sizes == seen["accept"]
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_a_discrete_gradient_evaluates_and_takes_no_steps(method):
+    recorder = Recorder(lambda t, y: torch.sin(3 * t) * y.flip(0) - 0.4 * y)
+    y0 = torch.tensor([1.0, -2.0], dtype=F64, requires_grad=True)
+    t = torch.linspace(0, 4, 5, dtype=F64)
+    y = pycnf.odeint_adjoint(recorder, y0, t, method=method, gradient="discrete")
+    forward = recorder.nfe
+    stats = pycnf.last_stats()
+    y.sum().backward()
+    assert stats.evaluations == forward
+    assert stats.backward.evaluations == recorder.nfe - forward > 0
+    assert (stats.backward.accepted, stats.backward.rejected) == (0, 0)

@@ -148,6 +148,7 @@ class AdaptiveSolver:
         self.ds, self.ds_graph = 0.0, None
         self.f_time: float | None = None
         self.finite = True
+        self.taken = 0  # attempts since the last output
 
     # ---- the solve -------------------------------------------------------------------------------
 
@@ -163,7 +164,6 @@ class AdaptiveSolver:
         pieces = [y0.clone()[None] if graph else solution[:1]]
         self.start(times)
         done = 1
-        taken = 0
         while done < len(values):
             if values[done] <= self.s:
                 # Only where distinct times round to one: no step has been taken yet.
@@ -171,8 +171,7 @@ class AdaptiveSolver:
                 pieces.append(solution[done : done + 1])
                 done += 1
                 continue
-            step = self.attempt(taken)
-            taken += 1
+            step = self.attempt()
             if step is None:
                 continue
             end = bisect.bisect_right(values, step.times.end, lo=done)
@@ -180,17 +179,12 @@ class AdaptiveSolver:
                 outputs, has_graph = self.outputs(step, times, done, end, solution)
                 graph = graph or has_graph
                 pieces.append(outputs)
-                taken = 0
+                self.taken = 0
                 if self.tape is not None:
                     self.tape[-1].outputs = range(done, end)
                 done = end
             self.advance(step)
         return torch.cat(pieces) if graph else solution
-
-    def keep_start(self) -> None:
-        """Makes the tape independent of the caller's y0."""
-        if self.tape:
-            self.tape[0].y = self.tape[0].y.clone()
 
     def start(self, times: Tensor) -> None:
         """Evaluates the field at times[0] and chooses the first step size."""
@@ -250,7 +244,8 @@ class AdaptiveSolver:
         at = self.round_state(self.round(self.s + h0))
         fresh = problem.call(self._times(self.s, 0.0, None).at(at), y1)
         f1 = problem.as_state(fresh, y0).contiguous()
-        d2 = r(r(rows.initial_norms(y0, f0, f1)[0]) / h0)
+        # Half precision may round the size to zero, and 1 / 0 is infinite there.
+        d2 = r(r(rows.initial_norms(y0, f0, f1)[0]) / h0) if h0 else math.inf
         if d1 <= 1e-15 and d2 <= 1e-15:
             h1 = max(r(1e-6), r(h0 * r(1e-3)))
         else:
@@ -280,16 +275,14 @@ class AdaptiveSolver:
 
     # ---- one attempt -----------------------------------------------------------------------------
 
-    def attempt(self, taken: int) -> Step | None:
+    def attempt(self) -> Step | None:
         """Tries a step of size ds from s; the step if it is accepted. Sets the size of the next
         attempt.
-
-        Args:
-            taken: attempts since the last output time, limited by max_num_steps.
         """
         limits, round_ = self.limits, self.round
         limit = limits.max_num_steps
-        assert taken < limit, f"max_num_steps exceeded ({taken}>={limit})"
+        assert self.taken < limit, f"max_num_steps exceeded ({self.taken}>={limit})"
+        self.taken += 1
         if not math.isfinite(self.ds):
             self.ds, self.ds_graph = limits.min_step, None
         ds, ds_graph = self.ds, self.ds_graph
@@ -427,8 +420,8 @@ class AdaptiveSolver:
         graph_times = torch.is_grad_enabled() and (times.requires_grad or step.times.has_graph)
         if step.k is None and not graph_times:
             out = solution[begin:end]
-            x = [step.times.point(value) for value in times[begin:end].tolist()]
-            self.rows.interpolate(step.y0, step.y1, step.times.h, x, out)
+            x = step.times.points(times[begin:end].detach())
+            self.rows.interpolate(step.y0, step.y1, step.times.h, x.tolist(), out)
             return out, False
         if step.k is None:
             stages = range(self.tableau.stages)
@@ -440,8 +433,8 @@ class AdaptiveSolver:
         coefficients = differentiable_quartic(
             self.tableau, step.y0, step.y1, step.k, step.times.h, step.h_graph
         )
-        points = step.times.points(outputs)
-        return torch.stack([reference.evaluate_quartic(coefficients, x) for x in points])
+        x = step.times.points(outputs).to(step.y0.device, step.times.dtype)
+        return reference.evaluate_quartic(coefficients, x.view(-1, *[1] * step.y0.dim()))
 
     def replay(self, accepted: Accepted, y0: Tensor, f0: Tensor | None, s0: Tensor | None) -> Step:
         """An accepted step again, with a graph from y0, from f0 if that was kept, and from its
@@ -473,12 +466,15 @@ class AdaptiveSolver:
                 self.next_stop[step.stop] += 1
         if step.stop == "jump_t":
             # f on the far side of the discontinuity.
-            self.f_time = rounding.after(self.round_state(self.s), times.dtype)
-            at = self._times(self.s, 0.0, None).at(self.f_time)
-            fresh = self.problem.call(at, self.y)
-            self.rows.store(0, fresh)
-            graph = torch.is_grad_enabled() and any(part.requires_grad for part in fresh)
-            self.f_graph = self.problem.as_state(fresh, self.y) if graph else None
+            self._evaluate_start(rounding.after(self.round_state(self.s), times.dtype))
+
+    def _evaluate_start(self, f_time: float) -> None:
+        """The derivative at the start of the next step, evaluated anew at f_time."""
+        self.f_time = f_time
+        fresh = self.problem.call(self._times(self.s, 0.0, None).at(f_time), self.y)
+        self.rows.store(0, fresh)
+        graph = torch.is_grad_enabled() and any(part.requires_grad for part in fresh)
+        self.f_graph = self.problem.as_state(fresh, self.y) if graph else None
 
 
 @dataclass

@@ -18,11 +18,13 @@ from pycnf.odeint.solve import SOLVERS, make_solver
 from pycnf.odeint.stats import publish
 from pycnf.odeint.stepper import combine
 from pycnf.odeint.transforms import transforming
+from pycnf.odeint.untraced import untraced
 
 # Values evaluated at once: temporaries beyond come from the system, page by page.
 _VALUES_AT_ONCE = 2**20
 
 
+@untraced
 def odeint_dense(
     func: Callable,
     y0: Tensor | tuple[Tensor, ...],
@@ -91,6 +93,7 @@ def odeint_dense(
         x = ((s - starts[step]) / lengths[step]).to(state_dtype).view(-1, *[1] * len(shape))
         return reference.evaluate_quartic(quartics[:, step].unbind(), x)
 
+    @untraced
     def solution(times: float | Tensor) -> Tensor | tuple[Tensor, ...]:
         times = torch.as_tensor(times, dtype=None if isinstance(times, Tensor) else torch.float64)
         # The search runs on the host, so times that come from there cost no synchronization.
@@ -138,10 +141,8 @@ def _integrate(solver: AdaptiveSolver) -> tuple[list[tuple], Tensor]:
     end = times[1].item()
     solver.start(times)
     steps, sizes, points = [], [], []
-    taken = 0
     while not steps or solver.s < end:
-        step = solver.attempt(taken)
-        taken += 1
+        step = solver.attempt()
         if step is None:
             continue
         k = step.k

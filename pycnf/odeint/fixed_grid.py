@@ -142,12 +142,6 @@ class FixedGridSolver(abc.ABC):
             y = y1
         return torch.stack(pieces) if graph else solution
 
-    def keep_start(self) -> None:
-        """Makes the tape independent of the caller's y0."""
-        if self.tape:
-            y0, ends = self.tape[0]
-            self.tape[0] = (y0.clone(), ends)
-
     def replay(
         self,
         y0: Tensor,

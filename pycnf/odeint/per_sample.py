@@ -9,8 +9,10 @@ from torch import Tensor
 
 from pycnf.odeint.masked import solve_elements
 from pycnf.odeint.solve import SOLVERS
+from pycnf.odeint.untraced import untraced
 
 
+@untraced
 def odeint_per_sample(
     func: Callable,
     y0: Tensor | tuple[Tensor, ...],

@@ -38,6 +38,7 @@ class Problem:
         norm: as the user sees it: of a tensor, or of a tuple of tensors.
         callbacks: by name, those that func has.
         stats: what the solve takes.
+        seen: how many parts of a tuple state func is given, None for all.
         event_fn: of (t, y) as the user has them, 0-dim; the solve ends where it changes sign.
     """
 
@@ -55,6 +56,7 @@ class Problem:
     callbacks: dict[str, Callable]
     event_fn: Callable | None
     stats: SolveStats
+    seen: int | None = None
 
     def evaluate(self, t: Tensor, y: Tensor | tuple[Tensor, ...]) -> Any:
         """Whatever func returns for the user's time and state."""
@@ -71,7 +73,7 @@ class Problem:
                     f"got {tuple(f.shape)}"
                 )
             return [f]
-        return list(self.evaluate(t, flat_to_shapes(y, self.shapes)))
+        return list(self.evaluate(t, flat_to_shapes(y, self.shapes[: self.seen])))
 
     def joined(self, fresh: list[Tensor]) -> Tensor:
         """What `call` returned as one tensor, in the dtype that it came in."""
@@ -173,7 +175,6 @@ def make_problem(
         for name in ("step_t", "jump_t"):
             if isinstance(options.get(name), Tensor):
                 options[name] = -options[name]
-    assert all(a < b for a, b in pairwise(times)), "t must be strictly increasing or decreasing"
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
         if isinstance(tolerance, Tensor):
             assert not tolerance.requires_grad, f"{name} cannot require gradient"
@@ -233,8 +234,9 @@ def _checked_times(t: Tensor) -> list[float]:
         raise TypeError(f"`t` must be a floating point Tensor but is a {t.type()}")
     assert t.ndimension() == 1, "t must be one dimensional"
     times = t.tolist()
-    ascending = [a < b for a, b in pairwise(times)]
-    assert all(ascending) or not any(ascending), "t must be strictly increasing or decreasing"
+    if not all(a < b for a, b in pairwise(times)):
+        descending = all(a > b for a, b in pairwise(times))
+        assert descending, "t must be strictly increasing or decreasing"
     return times
 
 

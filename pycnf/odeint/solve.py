@@ -22,6 +22,7 @@ from pycnf.odeint.stats import publish
 from pycnf.odeint.tableau import TABLEAUX, Tableau
 from pycnf.odeint.transforms import transforming
 from pycnf.odeint.until_event import solve_until_event
+from pycnf.odeint.untraced import untraced
 from pycnf.odeint.user_solver import UserSolver, make_user_solver
 
 
@@ -107,6 +108,7 @@ def make_solver(
     return method.solver(problem, method.tableau, method.label, tape, **problem.options)
 
 
+@untraced
 def odeint(
     func: Callable,
     y0: Tensor | tuple[Tensor, ...],

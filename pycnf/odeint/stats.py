@@ -39,6 +39,21 @@ class SolveStats:
         self.accepted += 1
         self.step_sizes.append(size)
 
+    def for_backward(self) -> SolveStats:
+        """The counts that a backward pass adds to."""
+        if self.backward is None:
+            self.backward = SolveStats(self.method)
+        return self.backward
+
+    def add_steps(self, solve: SolveStats) -> None:
+        """Adds the steps of another solve, whose evaluations have been counted already."""
+        if solve.accepted is None or self.accepted is None:
+            self.accepted = self.rejected = None
+            return
+        self.accepted += solve.accepted
+        self.rejected += solve.rejected
+        self.step_sizes += solve.step_sizes
+
 
 def last_stats() -> SolveStats | None:
     """What the newest solve of this thread by `odeint`, `odeint_adjoint`, `odeint_event`,

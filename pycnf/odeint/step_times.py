@@ -138,9 +138,8 @@ class StepTimes:
         )
         return (output - start) / (end - start)
 
-    def points(self, outputs: Tensor) -> list[Tensor]:
-        """`point` of output times [n] as 0-dim tensors with their graph, in the state's dtype."""
+    def points(self, outputs: Tensor) -> Tensor:
+        """`point` of output times [n] with their graph, in the dtype of time."""
         start = self.start if self.start_graph is None else self.start_graph
         end = self.end if self.end_graph is None else self.end_graph
-        x = (outputs - start) / (end - start)
-        return list(x.to(self.device, self.dtype).unbind())
+        return (outputs - start) / (end - start)

@@ -60,10 +60,8 @@ def _adaptively(solver: AdaptiveSolver) -> tuple[Tensor, Tensor]:
         return times[0], torch.stack([y0, y0])
     before = sign()
     step, slopes = None, solver.rows.k
-    taken = 0
     while sign() == before:
-        step = solver.attempt(taken)
-        taken += 1
+        step = solver.attempt()
         if step is not None:
             # The slope beyond a jump takes the place of this step's last one.
             slopes = solver.rows.k.clone() if step.stop == "jump_t" else solver.rows.k

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pycnf.compat.torchdiffeq._impl.solvers import FixedGridODESolver, problem_of
+from pycnf.compat.torchdiffeq._impl.solvers import WholeSolveODESolver
 from pycnf.odeint import adams
 from pycnf.odeint.problem import Problem
 from pycnf.odeint.tableau import TABLEAUX
@@ -16,7 +16,7 @@ from pycnf.odeint.tableau import TABLEAUX
 __all__ = ["AdamsBashforth", "AdamsBashforthMoulton"]
 
 
-class AdamsBashforthMoulton(FixedGridODESolver):
+class AdamsBashforthMoulton(WholeSolveODESolver):
     """Adams methods; pycnf takes whole solves of them, and no single steps."""
 
     order = 4
@@ -35,14 +35,6 @@ class AdamsBashforthMoulton(FixedGridODESolver):
         super().__init__(func, y0, rtol=rtol, atol=atol, **kwargs)
         self.implicit, self.max_iters, self.max_order = implicit, max_iters, max_order
 
-    def on_pycnf(
-        self, problem: Problem, field: Callable, tape: list | None
-    ) -> adams.AdamsBashforth | None:
-        """pycnf's solver of the same solve; None if this class has another field or state."""
-        if self.func is not field or self.y0 is not problem.y0:
-            return None
-        return self._compiled(problem, tape)
-
     def _compiled(self, problem: Problem, tape: list | None) -> adams.AdamsBashforth:
         solver = adams.AdamsBashforthMoulton if self.implicit else adams.AdamsBashforth
         return solver(
@@ -50,10 +42,6 @@ class AdamsBashforthMoulton(FixedGridODESolver):
             type(self).__name__, tape, max_order=self.max_order, max_iters=self.max_iters,
             **self._options(problem),
         )  # fmt: skip
-
-    def integrate(self, t: Tensor) -> Tensor:
-        """States at ascending times t, [len(t), *y0.shape]."""
-        return self._compiled(problem_of(self, t), None).integrate()
 
     def _step_func(
         self, func: Callable, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor

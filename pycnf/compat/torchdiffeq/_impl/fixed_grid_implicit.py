@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycnf.compat.torchdiffeq._impl.solvers import FixedGridODESolver, problem_of
+from pycnf.compat.torchdiffeq._impl.solvers import WholeSolveODESolver, problem_of
 from pycnf.odeint.fixed_grid import Ends
 from pycnf.odeint.implicit_grid import IMPLICIT_TABLEAUX, ImplicitGridSolver
 from pycnf.odeint.problem import Problem
@@ -19,7 +19,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-class FixedGridFIRKODESolver(FixedGridODESolver):
+class FixedGridFIRKODESolver(WholeSolveODESolver):
     """An implicit method of pycnf, named by `method`."""
 
     method: str
@@ -28,23 +28,11 @@ class FixedGridFIRKODESolver(FixedGridODESolver):
         super().__init__(func, y0, **kwargs)
         self.max_iters = max_iters
 
-    def on_pycnf(
-        self, problem: Problem, field: Callable, tape: list | None
-    ) -> ImplicitGridSolver | None:
-        """pycnf's solver of the same solve; None if this class has another field or state."""
-        if self.func is not field or self.y0 is not problem.y0:
-            return None
-        return self._compiled(problem, tape)
-
     def _compiled(self, problem: Problem, tape: list | None) -> ImplicitGridSolver:
         return ImplicitGridSolver(
             self._counted(problem), IMPLICIT_TABLEAUX[self.method], type(self).__name__, tape,
             max_iters=self.max_iters, **self._options(problem),
         )  # fmt: skip
-
-    def integrate(self, t: Tensor) -> Tensor:
-        """States at ascending times t, [len(t), *y0.shape]."""
-        return self._compiled(problem_of(self, t), None).integrate()
 
     def _step_func(
         self, func: Callable, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor

@@ -231,6 +231,22 @@ class FixedGridODESolver(metaclass=SolverType):
         return cubic_hermite(y0, y1, f0, f1, t1 - t0, (t - t0) / (t1 - t0))
 
 
+class WholeSolveODESolver(FixedGridODESolver):
+    """A method on a grid of which pycnf takes whole solves; subclasses define `_compiled`."""
+
+    def on_pycnf(
+        self, problem: Problem, field: Callable, tape: list | None
+    ) -> FixedGridSolver | None:
+        """pycnf's solver of the same solve; None if this class has another field or state."""
+        if self.func is not field or self.y0 is not problem.y0:
+            return None
+        return self._compiled(problem, tape)
+
+    def integrate(self, t: Tensor) -> Tensor:
+        """States at ascending times t, [len(t), *y0.shape]."""
+        return self._compiled(problem_of(self, t), None).integrate()
+
+
 _MOST_STEPS = 20000
 _STEPPING = parts(
     FixedGridODESolver, "integrate", "_interpolant", "_linear_interp", "_cubic_hermite_interp"
