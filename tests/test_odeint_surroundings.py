@@ -524,3 +524,22 @@ def test_a_first_step_that_half_precision_rounds_to_zero():
 
     assert raised(run(torchdiffeq))
     assert run(pycnf) == run(torchdiffeq)
+
+
+def test_an_error_in_a_functions_backward_comes_through_as_it_was():
+    class Mine(Exception):
+        pass
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return -y
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise Mine("from the backward")
+
+    y0 = torch.ones(2, dtype=F64, requires_grad=True)
+    y = pycnf.odeint_adjoint(lambda t, y: Fails.apply(y), y0, TIMES, adjoint_params=())
+    with pytest.raises(Mine, match="from the backward"):
+        y.sum().backward()
