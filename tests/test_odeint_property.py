@@ -1,0 +1,169 @@
+"""Random solves: whatever is asked, pycnf does what torchdiffeq does.
+
+Compared are values, evaluation counts, the times and states that the field and the callbacks were
+given, gradients, warnings, and errors.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+import torchdiffeq
+from hypothesis import HealthCheck, event, given, note, settings
+from hypothesis import strategies as st
+from problems import ADAPTIVE, FIXED, FIXED_STAGES, IMPLICIT, STAGES
+from solve_cases import ADAMS, BF16, C64, C128, F16, F32, F64, ON_GRID, ODD, CASTS, SMOOTH, Case, Stopped, always_zero, cases, deliberate, run
+
+import pycnf
+
+LIMIT = 250
+
+
+def examples(count):
+    scale = float(os.environ.get("PYCNF_EXAMPLES", "1"))
+    return settings(max_examples=max(1, int(count * scale)), deadline=None, derandomize=scale == 1, database=None)
+
+
+# Where pycnf means to do other than torchdiffeq: when, and why.
+DEVIATIONS = {
+    "no grid_constructor, descending": (
+        lambda case: case.known_method in ON_GRID
+        and case.options.get("grid_constructor", 0) is None
+        and case.descending,
+        "torchdiffeq calls None there; ascending it takes None for no grid_constructor",
+    ),
+    "empty state in SciPy": (
+        lambda case: case.method == "scipy_solver" and case.empty,
+        "torchdiffeq cannot reshape SciPy's answer to [-1, *shape]",
+    ),
+    "empty state in a corrector": (
+        lambda case: case.method in ("implicit_adams", "fixed_adams") and case.empty,
+        "torchdiffeq takes the largest of no errors; here none is too large",
+    ),
+    "one time in SciPy": (
+        lambda case: case.method == "scipy_solver" and isinstance(case.t, tuple) and len(case.t) == 1,
+        "torchdiffeq returns [1, N] whatever the shape",
+    ),
+    "complex state that does not move": (
+        lambda case: case.known_method in ADAPTIVE
+        and case.dtype.is_complex
+        and (case.vector_field == "zero" or case.options.get("norm") is always_zero),
+        "torchdiffeq compares complex numbers when it chooses a first step",
+    ),
+    "implicit method, field not finite": (
+        lambda case: case.method in IMPLICIT
+        and case.vector_field in ("turns_nan", "turns_infinite", "blows_up"),
+        "torchdiffeq iterates on NaN to the end; here the step is given up at once",
+    ),
+    "zero weights": (
+        lambda case: case.method == "heun3" and case.vector_field == "turns_infinite",
+        "a slope of weight 0 is left out, where torchdiffeq adds 0 * inf",
+    ),
+    "slopes of another size": (
+        lambda case: case.vector_field == "of_another_size",
+        "refused at the first call; torchdiffeq stumbles where it happens to",
+    ),
+}
+
+
+class Skip(Exception):
+    pass
+
+
+def compare(case):
+    for name, (holds, _) in DEVIATIONS.items():
+        if holds(case):
+            raise Skip(name)
+    mine, theirs = run(pycnf, case, LIMIT), run(torchdiffeq, case, LIMIT)
+    assert_same(case, mine, theirs)
+
+
+def assert_same_error(mine, theirs, what):
+    assert (mine is None) == (theirs is None), f"{what}: {mine!r} {theirs!r}"
+    if theirs is not None and deliberate(theirs):
+        assert (type(mine), str(mine)) == (type(theirs), str(theirs)), f"{what}: {mine!r} {theirs!r}"
+
+
+def close(a, b, rtol, atol, what):
+    """Of lists of tensors; atol is relative to the largest value of each."""
+    assert len(a) == len(b), (what, len(a), len(b))
+    for x, y in zip(a, b):
+        assert (x is None) == (y is None), what
+        if x is not None:
+            assert (x.dtype, x.shape) == (y.dtype, y.shape), (what, x, y)
+            scale = y.abs().nan_to_num(0, 0, 0).max().item() if y.numel() else 0
+            torch.testing.assert_close(
+                x, y, rtol=rtol, atol=atol * max(scale, 1.0), equal_nan=True, msg=lambda m: f"{what}: {m}"
+            )
+
+
+def rounding_decides(case):
+    """Whether the number of steps is a matter of rounding."""
+    backward = case.arguments.get("adjoint_method") or case.known_method
+    return case.dtype not in (F64, C128) and bool(
+        {case.known_method, backward} & set(ADAPTIVE + IMPLICIT)
+    )
+
+
+def bounds(case):
+    """rtol and atol of the field's arguments, of results, of gradients."""
+    backward = case.arguments.get("adjoint_method") or case.known_method
+    methods = {case.known_method, backward}
+    if case.dtype in (F16, BF16):
+        eps = torch.finfo(case.dtype).eps
+        return 16 * eps, 16 * eps, 64 * eps
+    if case.dtype in (F32, C64):
+        small = 1e-3 if methods & set(ADAPTIVE) else 2e-5
+        return small, small, 20 * small
+    if "dopri8" in methods:
+        return 2e-3, 2e-6, 1e-4
+    if methods & set(ADAPTIVE):
+        return 1e-6, 1e-9, 1e-6
+    if methods & set(IMPLICIT):
+        return 1e-7, 1e-7, 1e-6
+    return 1e-11, 1e-11, 1e-10
+
+
+def assert_same(case, mine, theirs):
+    if rounding_decides(case):
+        stages = {**STAGES, **{name: 3 for name in IMPLICIT}}.get(case.known_method, 13)
+        allowed = max(2 * stages, math.ceil(0.03 * theirs.nfe))
+        assert abs(mine.nfe - theirs.nfe) <= allowed, f"effort {mine.nfe} {theirs.nfe}"
+        if mine.nfe != theirs.nfe:
+            return
+    assert_same_error(mine.error, theirs.error, "forward")
+    assert mine.warnings == theirs.warnings, f"warnings {mine.warnings} {theirs.warnings}"
+    assert mine.is_tuple == theirs.is_tuple
+    assert mine.requires_grad == theirs.requires_grad, f"requires_grad {mine.requires_grad} {theirs.requires_grad}"
+    assert mine.forward == theirs.forward, f"nfe {mine.forward} {theirs.forward}"
+    assert mine.nfe == theirs.nfe, f"nfe total {mine.nfe} {theirs.nfe}"
+    seen, values, slopes = bounds(case)
+    close(mine.times, theirs.times, seen, seen, "times")
+    close(mine.states, theirs.states, seen, seen, "states")
+    close(mine.results, theirs.results, values, values, "results")
+    assert [n[0] for n in mine.notes] == [n[0] for n in theirs.notes], "callbacks"
+    for a, b in zip(mine.notes, theirs.notes):
+        close(a[1:], b[1:], seen, seen, f"arguments of {a[0]}")
+    assert_same_error(mine.backward_error, theirs.backward_error, "backward")
+    if theirs.grads is not None:
+        close(mine.grads, theirs.grads, slopes, slopes, "gradients")
+
+
+@pytest.mark.parametrize("method", [None, *ADAPTIVE])
+@examples(10)
+@given(data=st.data())
+def test_adaptive(method, data):
+    compare(data.draw(cases(method)))
+
+@pytest.mark.parametrize("method", ON_GRID)
+@examples(10)
+@given(data=st.data())
+def test_grid(method, data):
+    compare(data.draw(cases(method)))
+
+@pytest.mark.parametrize("method", ["scipy_solver"])
+@examples(10)
+@given(data=st.data())
+def test_scipy(method, data):
+    compare(data.draw(cases(method)))
