@@ -13,7 +13,7 @@ import torchdiffeq
 from hypothesis import HealthCheck, event, given, note, settings
 from hypothesis import strategies as st
 from problems import ADAPTIVE, FIXED, FIXED_STAGES, IMPLICIT, STAGES
-from solve_cases import ADAMS, BF16, C64, C128, F16, F32, F64, ON_GRID, ODD, CASTS, SMOOTH, Case, Stopped, always_zero, cases, deliberate, run
+from solve_cases import ADAMS, BF16, C64, C128, F16, F32, F64, ON_GRID, ODD, CASTS, SMOOTH, Case, Stopped, always_zero, cases, deliberate, named, run
 
 import pycnf
 
@@ -25,25 +25,52 @@ def examples(count):
     return settings(max_examples=max(1, int(count * scale)), deadline=None, derandomize=scale == 1, database=None)
 
 
+def odd_grid(case):
+    """Whether a descending solve, or the adjoint's of an ascending one, has no grid_constructor and
+    says so.
+    """
+    given = [case.options] if case.descending else []
+    if case.interface == "odeint_adjoint":
+        given.append(case.arguments.get("adjoint_options") or case.options)
+    return any(options.get("grid_constructor", 0) is None for options in given)
+
+
+def broadcast(case):
+    return case.vector_field == "broadcasts" and (
+        case.tuple_state or case.known_method in ADAPTIVE + IMPLICIT
+    )
+
+
 # Where pycnf means to do other than torchdiffeq: when, and why.
 DEVIATIONS = {
     "no grid_constructor, descending": (
-        lambda case: case.known_method in ON_GRID
-        and case.options.get("grid_constructor", 0) is None
-        and case.descending,
+        odd_grid,
         "torchdiffeq calls None there; ascending it takes None for no grid_constructor",
     ),
     "empty state in SciPy": (
         lambda case: case.method == "scipy_solver" and case.empty,
         "torchdiffeq cannot reshape SciPy's answer to [-1, *shape]",
     ),
+    "one time in SciPy": (
+        lambda case: case.method == "scipy_solver"
+        and isinstance(case.t, tuple)
+        and len(case.t) == 1,
+        "torchdiffeq returns [1, N] whatever the shape",
+    ),
+    "SciPy's failures": (
+        lambda case: case.method == "scipy_solver"
+        and case.vector_field in ("blows_up", "turns_nan", "turns_infinite"),
+        "torchdiffeq returns the rows before; here that is an error",
+    ),
     "empty state in a corrector": (
         lambda case: case.method in ("implicit_adams", "fixed_adams") and case.empty,
         "torchdiffeq takes the largest of no errors; here none is too large",
     ),
-    "one time in SciPy": (
-        lambda case: case.method == "scipy_solver" and isinstance(case.t, tuple) and len(case.t) == 1,
-        "torchdiffeq returns [1, N] whatever the shape",
+    "no corrector": (
+        lambda case: case.method in ("implicit_adams", "fixed_adams")
+        and "max_iters" in case.options
+        and case.options["max_iters"] in (0, -1),
+        "torchdiffeq uses a slope that it has not computed; here it is refused",
     ),
     "complex state that does not move": (
         lambda case: case.known_method in ADAPTIVE
@@ -56,12 +83,33 @@ DEVIATIONS = {
         and case.vector_field in ("turns_nan", "turns_infinite", "blows_up"),
         "torchdiffeq iterates on NaN to the end; here the step is given up at once",
     ),
+    "implicit method, event, step_size a number": (
+        lambda case: case.method in IMPLICIT
+        and case.event is not None
+        and not torch.is_tensor(case.options.get("step_size")),
+        "the stand-in for torchdiffeq's main branch wants a tensor",
+    ),
+    "implicit method, half precision": (
+        lambda case: case.method in IMPLICIT and case.dtype in (F16, BF16),
+        "a bound of 1e-8 on the residual is met by chance, and float16 has no dense solve",
+    ),
+    "event, step_size in float32 for times in float64": (
+        lambda case: case.event is not None
+        and torch.is_tensor(case.options.get("step_size"))
+        and case.options["step_size"].dtype == F32
+        and case.dtype in (F64, C128),
+        "torchdiffeq rounds the stages' times within a step to float32",
+    ),
+    "event at the start": (
+        lambda case: case.event == "zero_at_start" and case.interface == "odeint_adjoint",
+        "torchdiffeq's backward fails on an interval of no length",
+    ),
     "zero weights": (
         lambda case: case.method == "heun3" and case.vector_field == "turns_infinite",
         "a slope of weight 0 is left out, where torchdiffeq adds 0 * inf",
     ),
     "slopes of another size": (
-        lambda case: case.vector_field == "of_another_size",
+        lambda case: case.vector_field == "of_another_size" or broadcast(case),
         "refused at the first call; torchdiffeq stumbles where it happens to",
     ),
 }
@@ -76,13 +124,22 @@ def compare(case):
         if holds(case):
             raise Skip(name)
     mine, theirs = run(pycnf, case, LIMIT), run(torchdiffeq, case, LIMIT)
+    if case.interface == "odeint_adjoint":
+        # torchdiffeq checks the arguments twice, and warns twice of callbacks.
+        for each in (mine, theirs):
+            each.warnings = [
+                text
+                for i, text in enumerate(each.warnings)
+                if "does not support callbacks" not in text[1] or text not in each.warnings[:i]
+            ]
     assert_same(case, mine, theirs)
 
 
 def assert_same_error(mine, theirs, what):
     assert (mine is None) == (theirs is None), f"{what}: {mine!r} {theirs!r}"
     if theirs is not None and deliberate(theirs):
-        assert (type(mine), str(mine)) == (type(theirs), str(theirs)), f"{what}: {mine!r} {theirs!r}"
+        assert type(mine) is type(theirs), f"{what}: {mine!r} {theirs!r}"
+        assert named(str(mine)) == named(str(theirs)), f"{what}: {mine!r} {theirs!r}"
 
 
 def close(a, b, rtol, atol, what):
@@ -126,7 +183,11 @@ def bounds(case):
 
 
 def assert_same(case, mine, theirs):
-    if rounding_decides(case):
+    if theirs.error is not None and not deliberate(theirs.error):
+        assert mine.error is not None, f"theirs {theirs.error!r}"
+        return
+    uncertain = rounding_decides(case)
+    if uncertain:
         stages = {**STAGES, **{name: 3 for name in IMPLICIT}}.get(case.known_method, 13)
         allowed = max(2 * stages, math.ceil(0.03 * theirs.nfe))
         assert abs(mine.nfe - theirs.nfe) <= allowed, f"effort {mine.nfe} {theirs.nfe}"
@@ -135,15 +196,18 @@ def assert_same(case, mine, theirs):
     assert_same_error(mine.error, theirs.error, "forward")
     assert mine.warnings == theirs.warnings, f"warnings {mine.warnings} {theirs.warnings}"
     assert mine.is_tuple == theirs.is_tuple
-    assert mine.requires_grad == theirs.requires_grad, f"requires_grad {mine.requires_grad} {theirs.requires_grad}"
+    assert mine.requires_grad == theirs.requires_grad, (
+        f"requires_grad {mine.requires_grad} {theirs.requires_grad}"
+    )
     assert mine.forward == theirs.forward, f"nfe {mine.forward} {theirs.forward}"
     assert mine.nfe == theirs.nfe, f"nfe total {mine.nfe} {theirs.nfe}"
     seen, values, slopes = bounds(case)
-    close(mine.times, theirs.times, seen, seen, "times")
-    close(mine.states, theirs.states, seen, seen, "states")
+    compared = 2 if uncertain else theirs.nfe  # the first two are before any estimate of an error
+    close(mine.times[:compared], theirs.times[:compared], seen, seen, "times")
+    close(mine.states[:compared], theirs.states[:compared], seen, seen, "states")
     close(mine.results, theirs.results, values, values, "results")
     assert [n[0] for n in mine.notes] == [n[0] for n in theirs.notes], "callbacks"
-    for a, b in zip(mine.notes, theirs.notes):
+    for a, b in zip(mine.notes, theirs.notes) if not uncertain else ():
         close(a[1:], b[1:], seen, seen, f"arguments of {a[0]}")
     assert_same_error(mine.backward_error, theirs.backward_error, "backward")
     if theirs.grads is not None:

@@ -101,7 +101,9 @@ def _on_fixed_grid(solver: FixedGridSolver) -> tuple[Tensor, Tensor]:
     graph = grad and (s + step_size).requires_grad
     size = step_size.item() if isinstance(step_size, Tensor) else float(step_size)
     start, y = s.item(), problem.y0
-    compiled = isinstance(solver, ExplicitGridSolver) and has_kernels(y.dtype, y.device)
+    # An Adams method is one of them by its start only.
+    one_step = type(solver) is ExplicitGridSolver
+    compiled = one_step and has_kernels(y.dtype, y.device)
     rows = Rows(solver.tableau, y) if compiled else None
     before = _sign(problem, start, y, dtype)
     for _ in range(_MAX_FIXED_STEPS):
