@@ -11,6 +11,7 @@ import re
 import traceback
 import warnings
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,6 +65,18 @@ class Case:
     @property
     def descending(self) -> bool:
         return isinstance(self.t, tuple) and len(self.t) > 1 and self.t[0] > self.t[1]
+
+    @property
+    def longest_step(self) -> float:
+        """Of a method on a grid, at most."""
+        size = self.options.get("step_size")
+        t = [float(x) for x in self.t]
+        span = abs(t[-1] - t[0])
+        if size is not None:
+            return min(float(size), span)
+        if self.options.get("grid_constructor") is ends_only:
+            return span
+        return max((abs(b - a) for a, b in pairwise(t)), default=0.0)
 
     @property
     def empty(self) -> bool:
@@ -346,6 +359,7 @@ def named(text: str) -> str:
             text = SOLVERS[method].label + text[len(method) :]
     # torchdiffeq wraps the grid_constructor before it finds it unknown.
     text = re.sub(r"<function \S+ at 0x[0-9a-f]+>", "<function>", text)
+    text = re.sub(r", grad_fn=<\w+>", "", text)
     # The methods that only torchdiffeq's main branch has stand elsewhere in the list.
     return re.sub(r"Must be one of {.*}\.", "Must be one of ...", text)
 
@@ -577,6 +591,10 @@ def cases(
     options = draw(options_for(method or "dopri5"))
     if options is not None:
         arguments["options"] = options
+    if wants and draw(st.integers(0, 5)) == 0:
+        name = "first_step" if (method or "dopri5") in ADAPTIVE else "step_size"
+        arguments["options"] = {**(options or {}), name: torch.tensor(0.1, requires_grad=True)}
+        arguments["options"].pop("grid_constructor", None)
     callbacks = draw(st.sampled_from([(), (), CALLBACKS[:1], CALLBACKS]))
     t_dtypes = [F64, F64, F32] if dtype in (F64, C128) else [F64, F32]
     return Case(
