@@ -73,7 +73,7 @@ class Case:
         t = [float(x) for x in self.t]
         span = abs(t[-1] - t[0])
         if size is not None:
-            return min(float(size), span)
+            return min(size.item() if isinstance(size, torch.Tensor) else size, span)
         if self.options.get("grid_constructor") is ends_only:
             return span
         return max((abs(b - a) for a, b in pairwise(t)), default=0.0)
@@ -359,7 +359,8 @@ def named(text: str) -> str:
             text = SOLVERS[method].label + text[len(method) :]
     # torchdiffeq wraps the grid_constructor before it finds it unknown.
     text = re.sub(r"<function \S+ at 0x[0-9a-f]+>", "<function>", text)
-    text = re.sub(r", grad_fn=<\w+>", "", text)
+    text = re.sub(r", grad_fn=<\w+>+", "", text)
+    text = re.sub(r"\d\.\d{6,}(?:e[+-]\d+)?", lambda number: f"{float(number[0]):.4g}", text)
     # The methods that only torchdiffeq's main branch has stand elsewhere in the list.
     return re.sub(r"Must be one of {.*}\.", "Must be one of ...", text)
 

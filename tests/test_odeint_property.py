@@ -93,12 +93,11 @@ DEVIATIONS = {
         lambda case: case.method in IMPLICIT and case.dtype in (F16, BF16),
         "a bound of 1e-8 on the residual is met by chance, and float16 has no dense solve",
     ),
-    "event, step_size in float32 for times in float64": (
+    "event, step_size a tensor of another dtype": (
         lambda case: case.event is not None
         and torch.is_tensor(case.options.get("step_size"))
-        and case.options["step_size"].dtype == F32
-        and case.dtype in (F64, C128),
-        "torchdiffeq rounds the stages' times within a step to float32",
+        and case.options["step_size"].dtype != case.dtype.to_real(),
+        "torchdiffeq rounds times within a step to its dtype, and 0-dim states drift to it",
     ),
     "event at the start": (
         lambda case: case.interface == "odeint_adjoint"
@@ -110,10 +109,13 @@ DEVIATIONS = {
         and case.vector_field in ("returns_f64", "returns_f32", "returns_bf16"),
         "the stand-in for torchdiffeq's main branch mixes no dtypes",
     ),
+    "implicit method, field edits its input": (
+        lambda case: case.method in IMPLICIT and case.vector_field == "edits_input",
+        "the stand-in for torchdiffeq's main branch gives it views that must not be edited",
+    ),
     "implicit method, steps beyond its iteration": (
         lambda case: case.method in IMPLICIT
-        and case.vector_field in ("steep", "coupled")
-        and case.longest_step > (0.13 if case.vector_field == "steep" else 2),
+        and case.longest_step > (0.06 if case.vector_field == "steep" else 0.75),
         "h times the field's Jacobian passes 1, and rounding decides where the iteration ends",
     ),
     "more steps than an int32": (
@@ -122,7 +124,7 @@ DEVIATIONS = {
     ),
     "zero weights": (
         lambda case: case.vector_field == "turns_infinite"
-        and (case.method == "heun3" or bool(case.options.get("min_step"))),
+        and (case.method == "heun3" or bool(case.options.get("min_step") or case.wants)),
         "a slope of weight 0 is left out, where torchdiffeq adds 0 * inf",
     ),
     "slopes of another size": (
@@ -193,13 +195,15 @@ def bounds(case):
     """How close the field's arguments, the results and the gradients are."""
     backward = case.arguments.get("adjoint_method") or case.known_method
     methods = {case.known_method, backward}
+    # Without an end LIMIT evaluations lead far away, and rounding grows with the solution.
+    far = 10 if case.event in ("never", "zero_at_start") else 1
     if case.dtype in (F16, BF16):
         # A few roundings a step, in up to 20 steps; each scales with the last.
         eps = torch.finfo(case.dtype).eps
         return 16 * eps, 16 * eps, 64 * eps
     if case.dtype in (F32, C64):
         # Where steps are chosen, equal counts do not make equal steps: the tolerances' measure.
-        small = 1e-3 if methods & set(ADAPTIVE) else 2e-5
+        small = far * (1e-3 if methods & set(ADAPTIVE) else 2e-5)
         return small, small, 20 * small
     if case.vector_field in ("returns_f32", "returns_bf16") and methods & set(ON_GRID):
         # Slopes that stay in their dtype are added in it, in another order.
@@ -210,11 +214,11 @@ def bounds(case):
         return 2e-3, 2e-6, 1e-4
     if methods & set(ADAPTIVE):
         # Sizes of steps amplify the rounding of estimates, and a discontinuity that of sizes.
-        return 1e-6, 1e-7 if case.vector_field == "discontinuous" else 1e-9, 1e-6
+        return far * 1e-6, 1e-7 if case.vector_field == "discontinuous" else 1e-9, 1e-6
     if methods & set(IMPLICIT):
         # Iterations end at a residual of 1e-8.
         return 1e-7, 1e-7, 1e-6
-    return 1e-10, 1e-10, 1e-9
+    return far * 1e-10, far * 1e-10, far * 1e-9
 
 
 def assert_same(case, mine, theirs):
