@@ -397,8 +397,10 @@ class AdaptiveSolver:
         else:
             dfactor = 1.0 if error < 1 else limits.dfactor
             power = round_(_power(round_(error), round_(1.0 / self.tableau.order)))
-            factor = min(limits.ifactor, max(round_(limits.safety / power), dfactor))
-            size = round_(ds * factor)
+            factor = round_(limits.safety / power)
+            if any(math.isnan(x) for x in (factor, dfactor, limits.ifactor)):
+                return math.nan
+            size = round_(ds * min(limits.ifactor, max(factor, dfactor)))
         return limits.clamp(size)
 
     # ---- after an accepted step ------------------------------------------------------------------
