@@ -70,6 +70,8 @@ class Case:
     def longest_step(self) -> float:
         """Of a method on a grid, at most."""
         size = self.options.get("step_size")
+        if not isinstance(self.t, tuple) or not self.t:
+            return 0.0
         t = [float(x) for x in self.t]
         span = abs(t[-1] - t[0])
         if torch.is_tensor(size) and size.numel() == 1:
@@ -367,7 +369,7 @@ def named(text: str) -> str:
             text = SOLVERS[method].label + text[len(method) :]
     # torchdiffeq wraps the grid_constructor before it finds it unknown.
     text = re.sub(r"<function \S+ at 0x[0-9a-f]+>", "<function>", text)
-    text = re.sub(r", grad_fn=<\w+>+", "", text)
+    text = re.sub(r",\s+grad_fn=<\w+>+", "", text)
     text = re.sub(r"\d\.\d{6,}(?:e[+-]\d+)?", lambda number: f"{float(number[0]):.4g}", text)
     # The methods that only torchdiffeq's main branch has stand elsewhere in the list.
     return re.sub(r"Must be one of {.*}\.", "Must be one of ...", text)
@@ -598,12 +600,14 @@ def cases(
     if dtype == C128:
         mixed += [F64, C64]
     state_dtypes = (dtype, *(draw(st.sampled_from(mixed)) for _ in shapes[1:]))
-    names = field_names or [each.__name__ for each in SMOOTH]
+    # The sine of a complex number grows beyond all bounds, the faster the steeper.
+    smooth = [each.__name__ for each in SMOOTH if not (dtype.is_complex and each is steep)]
+    names = field_names or smooth
     arguments = draw(tolerances(shapes, count > 0, smallest_tolerance(method or "dopri5", dtype)))
     options = draw(options_for(method or "dopri5"))
     if options is not None:
         arguments["options"] = options
-    if wants and draw(st.integers(0, 5)) == 0:
+    if wants and dtype not in (F16, BF16) and draw(st.integers(0, 5)) == 0:
         name = "first_step" if (method or "dopri5") in ADAPTIVE else "step_size"
         arguments["options"] = {**(options or {}), name: torch.tensor(0.1, requires_grad=True)}
         arguments["options"].pop("grid_constructor", None)

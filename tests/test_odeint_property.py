@@ -47,6 +47,12 @@ def odd_grid(case):
     return any(options.get("grid_constructor", 0) is None for options in given)
 
 
+def several(tolerance):
+    if torch.is_tensor(tolerance):
+        return tolerance.numel() != 1
+    return isinstance(tolerance, list | tuple) and len(tolerance) != 1
+
+
 def broadcast(case):
     return case.vector_field == "broadcasts" and (
         case.tuple_state or case.known_method in ADAPTIVE + IMPLICIT
@@ -167,6 +173,21 @@ DEVIATIONS = {
             and case.known_method in ADAPTIVE
         ),
         "steps are halved down to the resolution of time, and rounding decides when they are",
+    ),
+    "first_step that is clamped": (
+        lambda case: (
+            getattr(case.options.get("first_step"), "requires_grad", False)
+            and bool({"min_step", "max_step"} & set(case.options))
+        ),
+        "torchdiffeq gives it a gradient of zero, here it has none",
+    ),
+    "several tolerances for a state that broadcasts": (
+        lambda case: (
+            not case.tuple_state
+            and (1 in case.shapes[0] or case.shapes == ((),))
+            and any(several(case.arguments.get(name)) for name in ("rtol", "atol"))
+        ),
+        "torchdiffeq takes the norm over the tolerances; here they must fit the state",
     ),
     "zero weights": (
         lambda case: (

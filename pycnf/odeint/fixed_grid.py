@@ -71,7 +71,7 @@ class FixedGridSolver(abc.ABC):
             raise ValueError("step_size and grid_constructor are mutually exclusive arguments.")
         self.problem, self.tableau, self.tape = problem, tableau, tape
         self.step_size, self.grid_constructor = step_size, grid_constructor
-        self.interp, self.perturb = interp, perturb
+        self.interp, self.perturb = interp, bool(perturb)
         self.round = rounding.rounding(problem.s.dtype)
 
     def grid(self, s: Tensor) -> Tensor:
