@@ -49,7 +49,7 @@ def _rms(x: Tensor) -> Tensor:
 def _largest_rms(scaled: Tensor, segments: Sequence[int]) -> Tensor:
     flat = scaled.reshape(-1)
     norms = [_rms(flat[a:b]) for a, b in zip(segments[::2], segments[1::2])]
-    return _float64(max(norms) if norms else flat.new_zeros(()))
+    return _float64(max(norms) if norms else scaled.real.new_zeros(()))
 
 
 def _float64(x: Tensor) -> Tensor:

@@ -444,3 +444,28 @@ def test_order_of_convergence(method, max_order, order):
         )  # fmt: skip
         errors.append((y[-1] - torch.exp(torch.sin(t[-1]))).abs().item())
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.25)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["ascending", "descending"])
+@pytest.mark.parametrize("method", ADAMS)
+def test_events_are_found_by_the_method_itself(method, reverse):
+    """Not by rk4 steps throughout, which are its start alone."""
+    t = torch.tensor([1.0, 0.0] if reverse else [0.0, 1.0], dtype=F64)
+
+    def found(library, method):
+        times = []
+
+        def field(t, y):
+            times.append(t.item())
+            return torch.sin(y) + t
+
+        event, ys = library.odeint(
+            field, state(F64, 3), t, method=method, atol=1e-9, options={"step_size": 0.1},
+            event_fn=lambda t, y: (t - 0.5).abs() - 1.23,
+        )  # fmt: skip
+        return event, ys, torch.tensor(times)
+
+    mine, theirs = found(pycnf, method), found(torchdiffeq, method)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert len(mine[2]) != len(found(torchdiffeq, "rk4")[2])

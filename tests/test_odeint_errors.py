@@ -362,6 +362,19 @@ def test_zero_tolerances(method):
     assert mine == theirs
 
 
+@pytest.mark.parametrize("option", ["max_step", "min_step", "dfactor", "ifactor", "safety"])
+def test_nan_in_step_control(option):
+    """The step becomes NaN, it is not left out of a comparison."""
+    keywords = {"options": {option: float("nan")}, "rtol": 1e-3, "atol": 1e-3}
+    keywords["t"] = torch.tensor([0.0, 3.0], dtype=F64)
+    # Rejections, and so dfactor.
+    keywords["func"] = lambda t, y: 20 * torch.exp(-(((t - 1.3) / 0.15) ** 2)) - y
+    theirs = call(torchdiffeq, **keywords)
+    assert theirs[0] is AssertionError
+    assert theirs[1].startswith("underflow in dt")
+    assert call(pycnf, **keywords) == theirs
+
+
 # --- arguments of odeint_adjoint --------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from problems import (
     STAGES,
     TOLERANCE,
     MLPField,
+    Recorder,
     assert_close,
     assert_same_calls,
     assert_same_outcome,
@@ -828,3 +829,60 @@ def test_exceptions_of_callbacks_pass_through(method):
     for library in (pycnf, torchdiffeq):
         with pytest.raises(Stop):
             library.odeint(WithCallbacks(field, CALLBACKS[:1], edit), y0, t, method=method)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("tuple_state", [False, True])
+def test_field_of_a_grid_constructor(tuple_state, reverse):
+    """It is called like the solver's: with a time in the state's dtype."""
+
+    def run(library):
+        slopes = []
+
+        def grid(func, y0, t):
+            slopes.append(func(t[0], y0))
+            return t
+
+        recorder = Recorder(lambda t, y: (-(1 + t) * y[0],) if tuple_state else -(1 + t) * y)
+        y0 = torch.tensor([1.0, 2.0])
+        t = double(1.0, 0.5) if reverse else double(0.5, 1.0)
+        options = {"grid_constructor": grid}
+        library.odeint(recorder, (y0,) if tuple_state else y0, t, method="euler", options=options)
+        return recorder.times, slopes
+
+    mine, theirs = run(pycnf), run(torchdiffeq)
+    assert {time.dtype for time in theirs[0]} == {F32}
+    for a, b in zip(mine, theirs, strict=True):
+        assert_close(tuple(a), tuple(b), 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4", "explicit_adams", "implicit_midpoint"])
+def test_perturb_by_anything_true(method):
+    field, y0, t = lambda t, y: -y * t, double(1.0, 2.0), double(0.0, 0.3, 1.0)
+    mine, theirs = both_record(field, y0, t, method=method, options={"perturb": "yes"})
+    assert theirs.times[0] > 0
+    assert_close(tuple(mine.times), tuple(theirs.times), 0.0, 1e-15)
+    assert_close(mine.ys, theirs.ys, 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize("method", ["rk4", "explicit_adams"])
+def test_infinite_step_starts_at_its_start(method):
+    """The first slope of a step of any size is taken where it starts."""
+    t = double(0.5, float("inf"))
+    mine, theirs = both_record(lambda t, y: -y, double(1.0, 2.0), t, method=method)
+    assert mine.times[0] == theirs.times[0] == 0.5
+    assert mine.nfe == theirs.nfe
+
+
+def test_complex_state_with_a_norm_warns_of_nothing():
+    """PyTorch warns where a complex number is cast to a real one."""
+    y0 = torch.tensor([1 + 0.5j, -0.3j], dtype=torch.complex128)
+    options = {"norm": lambda y: y.abs().max()}
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pycnf.odeint(lambda t, y: 1j * y, y0, double(0.0, 1.0), rtol=1e-3, options=options)
+    finally:
+        torch.set_warn_always(always)

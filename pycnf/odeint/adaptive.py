@@ -38,6 +38,12 @@ class Limits:
     max_step: float = math.inf
     max_num_steps: int = 2**31 - 1
 
+    def clamp(self, size: float) -> float:
+        """A size between min_step and max_step; NaN if one of the three is, as in torch."""
+        if any(math.isnan(x) for x in (size, self.min_step, self.max_step)):
+            return math.nan
+        return min(max(size, self.min_step), self.max_step)
+
 
 @dataclass
 class Accepted:
@@ -287,8 +293,7 @@ class AdaptiveSolver:
             self.ds, self.ds_graph = limits.min_step, None
         ds, ds_graph = self.ds, self.ds_graph
         if not limits.min_step <= ds <= limits.max_step:
-            ds = min(max(ds, limits.min_step), limits.max_step)
-            ds_graph = None
+            ds, ds_graph = limits.clamp(ds), None
         problem = self.problem
         s0, y0 = self.s, self.y
         if problem.callbacks:
@@ -407,9 +412,11 @@ class AdaptiveSolver:
         else:
             dfactor = 1.0 if error < 1 else limits.dfactor
             power = round_(_power(round_(error), round_(1.0 / self.tableau.order)))
-            factor = min(limits.ifactor, max(round_(limits.safety / power), dfactor))
-            size = round_(ds * factor)
-        return min(max(size, limits.min_step), limits.max_step)
+            factor = round_(limits.safety / power)
+            if any(math.isnan(x) for x in (factor, dfactor, limits.ifactor)):
+                return math.nan
+            size = round_(ds * min(limits.ifactor, max(factor, dfactor)))
+        return limits.clamp(size)
 
     # ---- after an accepted step ------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ carry no graph.
 
 from __future__ import annotations
 
+import math
 from operator import sub
 
 import torch
@@ -28,7 +29,9 @@ class ExplicitGridSolver(FixedGridSolver):
         y0, time_dtype = problem.y0, grid.dtype
         promotes = y0.dim() == 0 and time_dtype != y0.dtype
         served = has_kernels(y0.dtype, y0.device) and time_dtype in (torch.float32, torch.float64)
-        if promotes or not served or self.interp != "linear":
+        # The loop's first stage is at start + 0 * size.
+        endless = math.isinf(values[0]) or math.isinf(values[-1])
+        if promotes or not served or endless or self.interp != "linear":
             return super()._plain_steps(grid, values, outputs, solution)
         states = None if self.tape is None else []
         steps, y, shown, rows, result = _C.grid_steps(
@@ -85,8 +88,8 @@ class ExplicitGridSolver(FixedGridSolver):
         """The time that the field is given at a stage."""
         c, round_ = self.tableau.c[stage], self.round
         dtype = rounding.real_dtype(y.dtype)
-        s = ends.end
-        if not self._ends_on_grid(c):
+        s = ends.end if self._ends_on_grid(c) else ends.start
+        if c > 0 and not self._ends_on_grid(c):
             # PyTorch multiplies half-precision numbers in float32.
             wide = rounding.rounding(torch.promote_types(self.problem.s.dtype, torch.float32))
             s = round_(ends.start + round_(wide(wide(c) * ends.size)))

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pycnf._ops import time_tensors
 from pycnf.odeint import rounding
-from pycnf.odeint.norms import flat_to_shapes
 from pycnf.odeint.problem import Problem, warn_unused
 from pycnf.odeint.tableau import Tableau
 
@@ -94,10 +93,8 @@ class FixedGridSolver(abc.ABC):
     def _field(self, s: Tensor, y: Tensor) -> Tensor:
         """The field in ascending time, for grid constructors that want to look at it."""
         problem = self.problem
-        if problem.shapes is None:
-            return problem.sign * problem.evaluate(problem.sign * s, y)
-        parts = problem.evaluate(problem.sign * s, flat_to_shapes(y, problem.shapes))
-        return problem.sign * torch.cat([part.reshape(-1) for part in parts])
+        t = (problem.sign * s).to(rounding.real_dtype(y.dtype))
+        return problem.sign * problem.joined(problem_call(problem, t, y))
 
     def integrate(self, grid: Tensor | None = None) -> Tensor:
         """States at the output times, [T, *y0.shape]."""

@@ -44,7 +44,7 @@ class MaskedFixedGridSolver:
             raise ValueError(f"Unknown interpolation method {interp}")
         self.elements, self.tableau = elements, tableau
         self.step_size, self.grid_constructor = step_size, grid_constructor
-        self.interp, self.perturb = interp, perturb
+        self.interp, self.perturb = interp, bool(perturb)
 
     def _grid(self) -> tuple[Tensor, Tensor | None]:
         """The times [G, *lead] between which steps are taken, ascending, and each element's number
