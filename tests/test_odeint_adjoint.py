@@ -1336,3 +1336,25 @@ def test_a_discrete_gradient_says_that_it_uses_no_adjoint_arguments():
         pycnf.odeint_adjoint(
             field, torch.ones(1, 2), t, gradient="discrete", adjoint_rtol=1e-3, adjoint_method="rk4"
         )
+
+
+@pytest.mark.parametrize("gradient", ["continuous", "joined", "discrete"])
+def test_times_of_complex_states(gradient):
+    """Against differences of the loss; torchdiffeq's adjoint leaves out a conjugate here."""
+    y0 = torch.tensor([1.0 + 0.5j, -0.3 + 1.0j], dtype=torch.complex128)
+
+    def field(t, y):
+        return (0.3 + 1.7j) * y * torch.cos(t) + 0.2 * y.flip(0)
+
+    def loss(t):
+        y = pycnf.odeint_adjoint(
+            field, y0, t, rtol=1e-9, atol=1e-9, adjoint_params=(), gradient=gradient
+        )
+        return (y[1] * (0.4 - 1.1j)).real.sum() + y[2].abs().square().sum()
+
+    t = torch.tensor([0.1, 0.6, 1.3], dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(loss(t), t)
+    steps = 1e-5 * torch.eye(3, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = torch.stack([(loss(t + step) - loss(t - step)) / 2e-5 for step in steps])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
