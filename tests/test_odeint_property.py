@@ -106,7 +106,7 @@ DEVIATIONS = {
         lambda case: (
             case.interface == "odeint_adjoint" and case.dtype.is_complex and "t" in case.wants
         ),
-        "torchdiffeq leaves out a conjugate; here it is the gradient, see test_odeint_second_order",
+        "torchdiffeq leaves out a conjugate; here it is the gradient, see test_odeint_adjoint",
     ),
     "implicit method, field not finite": (
         lambda case: (
