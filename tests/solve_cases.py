@@ -665,7 +665,12 @@ def event_cases(draw, method, dtypes=(F64,)):
     wants = draw(st.sampled_from([(), ("y0",), ("y0", "parameters"), ("y0", "t", "parameters")]))
     case = draw(cases(method, interface=interface, wants=wants, dtypes=dtypes, event=True))
     if method in ON_GRID and (case.options.get("step_size") == 5.0 or draw(st.integers(0, 5))):
-        step = draw(st.sampled_from([0.05, 0.11, 0.3, _tensor(0.13)]))
+        steps = (
+            [0.05, 0.11, 0.3, _tensor(0.13)]
+            if method not in IMPLICIT
+            else [_tensor(0.05), _tensor(0.13), _tensor(0.3)]
+        )
+        step = draw(st.sampled_from(steps))
         given = {k: v for k, v in case.options.items() if k != "grid_constructor"}
         case.arguments["options"] = {**given, "step_size": step}
     if interface == "odeint_event" or draw(st.integers(0, 5)):

@@ -469,3 +469,22 @@ def test_events_are_found_by_the_method_itself(method, reverse):
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert len(mine[2]) != len(found(torchdiffeq, "rk4")[2])
+
+
+@pytest.mark.parametrize("method", [*ADAMS, "euler"])
+def test_atol_in_a_list_up_to_an_event(method):
+    """Adams methods make a tensor of it, which others on a grid do not."""
+
+    def found(library):
+        options, t = {"step_size": 0.1}, torch.tensor([0.0, 1.0], dtype=F64)
+        return outcome(
+            lambda: library.odeint(
+                decay, state(F64, 3), t, method=method, atol=[1e-5], options=options,
+                event_fn=lambda t, y: t - 0.55,
+            )
+        )  # fmt: skip
+
+    mine, theirs = found(pycnf), found(torchdiffeq)
+    assert raised(mine) == raised(theirs) == (method == "euler")
+    if not raised(theirs):
+        assert mine[0] == theirs[0]

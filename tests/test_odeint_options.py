@@ -886,3 +886,13 @@ def test_complex_state_with_a_norm_warns_of_nothing():
             pycnf.odeint(lambda t, y: 1j * y, y0, double(0.0, 1.0), rtol=1e-3, options=options)
     finally:
         torch.set_warn_always(always)
+
+
+@pytest.mark.parametrize("tolerance", [[1e-3], torch.tensor(1e-3, dtype=F64)])
+def test_number_as_a_state_with_times_of_its_dtype(tolerance):
+    """Nothing is then in float64, so the field sees none."""
+    keywords = {"rtol": tolerance, "atol": tolerance, "options": {"dtype": F32}}
+    y0, t = torch.tensor(1.0), torch.tensor([0.0, 1.0])
+    mine, theirs = both_record(lambda t, y: -y, y0, t, method="adaptive_heun", **keywords)
+    assert {time.dtype for time in theirs.times} == {time.dtype for time in mine.times} == {F32}
+    assert mine.nfe == theirs.nfe

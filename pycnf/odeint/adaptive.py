@@ -146,7 +146,7 @@ class AdaptiveSolver:
         )
         # The dtype in which torch would have the scaled error.
         plain = self.rows.rtol.dim() == 0 and self.rows.atol.dim() == 0
-        self.round_error = self.round_state if plain else float
+        self.round_error = self.round_state if plain else self.round
         self.y, self.f_graph = y0, None
         self.s, self.s_graph = 0.0, None
         self.ds, self.ds_graph = 0.0, None

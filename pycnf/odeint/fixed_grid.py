@@ -70,6 +70,7 @@ class FixedGridSolver(abc.ABC):
         if step_size is not None and grid_constructor is not None:
             raise ValueError("step_size and grid_constructor are mutually exclusive arguments.")
         self.problem, self.tableau, self.tape = problem, tableau, tape
+        self.atol = problem.atol  # of an event's time
         self.step_size, self.grid_constructor = step_size, grid_constructor
         self.interp, self.perturb = interp, bool(perturb)
         self.round = rounding.rounding(problem.s.dtype)

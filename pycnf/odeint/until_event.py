@@ -129,7 +129,7 @@ def _on_fixed_grid(solver: FixedGridSolver) -> tuple[Tensor, Tensor]:
     def sign_within(found: float) -> int:
         return _sign(problem, found, interpolate(time(found)), dtype)
 
-    event = time(_bisect(sign_within, before, start, end, float(problem.atol), dtype))
+    event = time(_bisect(sign_within, before, start, end, float(solver.atol), dtype))
     return event, torch.stack([problem.y0, interpolate(event)])
 
 
