@@ -234,3 +234,14 @@ def test_torchdiffeq_s_fixed_step_has_the_same_numbers(name):
         k.append(slope(t[0] + c * h, stage))
     y1 = y0 + h * sum(w * slope_ for w, slope_ in zip(tableau.b, k))
     torch.testing.assert_close(y1, odeint(slope, y0, t, method=name)[1], rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", TABLEAUX)
+def test_transient_stages_enter_later_stages_only(name):
+    """What the adjoint may leave out of them must not matter: no weight, but in the stages."""
+    tableau = TABLEAUX[name]
+    expected = {"dopri5": {1}, "dopri8": {1, 2, 3, 4}}.get(name, set())
+    assert tableau.transient_stages == expected
+    for stage in expected:
+        assert tableau.b[stage] == tableau.e[stage] == tableau.m[stage] == 0
+        assert any(row[stage] != 0 for row in tableau.a[stage + 1 :])

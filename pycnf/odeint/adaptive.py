@@ -120,6 +120,7 @@ class AdaptiveSolver:
         warn_unused(name, unused)
         y0 = problem.y0
         self.problem, self.tableau, self.tape = problem, tableau, tape
+        self.transient = tableau.transient_stages
         if y0.device.type == "mps" and dtype == torch.float64:
             dtype = torch.float32
         self.dtype = torch.promote_types(dtype, rounding.real_dtype(y0.dtype))
@@ -354,6 +355,7 @@ class AdaptiveSolver:
         y = y0
         for stage, t in enumerate(times.stages(), 1):
             y = rows.stage(y0, stage, fresh, h)
+            problem.transient = stage in self.transient
             fresh = problem.call(t, y)
             if watch and any(part.requires_grad for part in fresh):
                 done = [rows.row(i).clone().view_as(y0) for i in range(stage)]

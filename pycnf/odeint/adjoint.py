@@ -120,7 +120,7 @@ def _solve_intervals(
             field, tuple(state), s[i - 1 : i + 1].flip(0), arguments["rtol"], arguments["atol"],
             arguments["method"], arguments["options"], SOLVERS,
         )  # fmt: skip
-        interval.seen = _SEEN
+        interval.seen, field.solve = _SEEN, interval
         if torch.is_grad_enabled():
             again = _arguments_of_the_adjoint(interval, arguments)
             ends = _Continuous.apply(interval, again, interval.y0, interval.s, *field.params)
@@ -190,7 +190,7 @@ def _solve_joined(
             arguments["atol"], arguments["method"], arguments["options"], SOLVERS,
         )  # fmt: skip
 
-        problem.seen = _SEEN
+        problem.seen, field.solve = _SEEN, problem
 
         def jump(index: int, flat: Tensor) -> None:
             """The output's value and cotangent enter the adjoint state."""
@@ -223,10 +223,14 @@ class _AdjointField:
     The state's parts are vjp_t, y, adj_y and one part per parameter, of which it looks at the first
     three; what is returned has y's slope in as many parts as the field gave it. With gradients on,
     it has its graph.
+
+    `solve`, the adjoint problem that is being solved, says which evaluations only lead to others:
+    those look at y and adj_y, so in place of the parameters' part stand the parameters themselves.
     """
 
     def __init__(self, problem: Problem, params: Sequence[Tensor]) -> None:
         self.problem, self.params = problem, tuple(params)
+        self.solve: Problem | None = None
         for name in CALLBACKS:
             callback = getattr(problem.func, f"{name}_adjoint", None)
             if callback is not None:
@@ -235,7 +239,7 @@ class _AdjointField:
     def _time(self, s: Tensor) -> Tensor:
         y0 = self.problem.y0
         dtype = y0.dtype.to_real() if y0.is_complex() else y0.dtype
-        return (self.problem.sign * s).to(dtype)
+        return (s if self.problem.sign > 0 else -s).to(dtype)
 
     def value(self, s: Tensor, y: Tensor) -> Tensor:
         """dy/ds as one tensor like y."""
@@ -243,7 +247,7 @@ class _AdjointField:
         return self.problem.sign * self.problem.as_state(fresh, y)
 
     def __call__(self, s: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        problem = self.problem
+        problem, forwards = self.problem, self.problem.sign > 0
         _, y, adjoint = state[:_SEEN]
         with_graph = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -259,9 +263,17 @@ class _AdjointField:
                 cotangents = flat_to_shapes(adjoint, [part.shape for part in fresh])
             pairs = [(f, a) for f, a in zip(fresh, cotangents) if f.requires_grad]
             outputs, weights = zip(*pairs) if pairs else (fresh, cotangents)
-            weights = [(-problem.sign * a).to(f.dtype) for f, a in zip(outputs, weights)]
-            wanted = (t, y, *self.params)
+            weights = [(-a if forwards else a).to(f.dtype) for f, a in zip(outputs, weights)]
+            needs_all = with_graph or self.solve is None or not self.solve.transient
+            wanted = (t, y, *self.params) if needs_all else (t, y)
             grads = _C.pull_back(outputs, wanted, weights, with_graph)
-        grads = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads)]
-        slopes = fresh if problem.sign > 0 else [-f for f in fresh]
-        return (problem.sign * grads[0], *slopes, *grads[1:])
+        to_t, to_y, *to_params = grads
+        to_t = torch.zeros_like(t) if to_t is None else to_t
+        to_y = torch.zeros_like(y) if to_y is None else to_y
+        to_params = to_params if needs_all else self.params
+        to_params = [
+            torch.zeros_like(p) if g is None else g for p, g in zip(self.params, to_params)
+        ]
+        if forwards:
+            return (to_t, *fresh, to_y, *to_params)
+        return (-to_t, *(-f for f in fresh), to_y, *to_params)

@@ -39,6 +39,7 @@ class Problem:
         callbacks: by name, those that func has.
         stats: what the solve takes.
         seen: how many parts of a tuple state func is given, None for all.
+        transient: whether the evaluation at hand matters to later stages of its step only.
         event_fn: of (t, y) as the user has them, 0-dim; the solve ends where it changes sign.
     """
 
@@ -57,6 +58,7 @@ class Problem:
     event_fn: Callable | None
     stats: SolveStats
     seen: int | None = None
+    transient: bool = False
 
     def evaluate(self, t: Tensor, y: Tensor | tuple[Tensor, ...]) -> Any:
         """Whatever func returns for the user's time and state."""

@@ -30,6 +30,14 @@ class Tableau:
     m: list[float]
 
     @property
+    def transient_stages(self) -> frozenset[int]:
+        """Stages that only later stages of the step use: in dopri5 the second, in dopri8 the second
+        to the fifth.
+        """
+        weights = zip(self.b, self.e, self.m)
+        return frozenset(i for i, each in enumerate(weights) if self.adaptive and not any(each))
+
+    @property
     def stages_in_use(self) -> int:
         """Stages whose state enters the solution; a first-same-as-last method's last does not."""
         return 1 + max(i for i, weight in enumerate(self.b) if weight != 0)
