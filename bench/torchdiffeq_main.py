@@ -133,7 +133,10 @@ class DenseBroyden(FixedGridODESolver):
         for _ in range(self.max_iters):
             if torch.linalg.norm(r) < self.bound:
                 return slopes
-            step = torch.linalg.solve(jacobian, -r)
+            try:
+                step = torch.linalg.solve(jacobian, -r)
+            except torch.linalg.LinAlgError:
+                break
             change = step.view(*slopes.shape[:-1], len(stages))
             before, after = stages.start, len(self.c) - stages.stop
             slopes = slopes + torch.nn.functional.pad(change, (before, after))
