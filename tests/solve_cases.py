@@ -229,7 +229,9 @@ class Field(torch.nn.Module):
 
     def note(self, name):
         def callback(t, y, dt):
-            self.notes.append((name, t.clone(), flat(y).detach().clone(), dt.detach().clone()))
+            self.notes.append(
+                (name, t.detach().clone(), flat(y).detach().clone(), dt.detach().clone())
+            )
 
         return callback
 
@@ -358,7 +360,8 @@ def deliberate(error: Exception) -> bool:
     what PyTorch happens to say about arguments that nobody looked at.
     """
     line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return line.lstrip().startswith(("raise", "assert"))
+    statement = "assert" if isinstance(error, AssertionError) else "raise"
+    return line.lstrip().startswith((statement, "raise"))
 
 
 def named(text: str) -> str:
@@ -600,8 +603,10 @@ def cases(
     if dtype == C128:
         mixed += [F64, C64]
     state_dtypes = (dtype, *(draw(st.sampled_from(mixed)) for _ in shapes[1:]))
-    # The sine of a complex number grows beyond all bounds, the faster the steeper.
-    smooth = [each.__name__ for each in SMOOTH if not (dtype.is_complex and each is steep)]
+    # The sine of a complex number grows beyond all bounds, and long steps in a steep field multiply
+    # the roundings of half precision by as much as the solution.
+    gentle = dtype.is_complex or dtype in (F16, BF16)
+    smooth = [each.__name__ for each in SMOOTH if not (gentle and each is steep)]
     names = field_names or smooth
     arguments = draw(tolerances(shapes, count > 0, smallest_tolerance(method or "dopri5", dtype)))
     options = draw(options_for(method or "dopri5"))

@@ -89,10 +89,9 @@ DEVIATIONS = {
     "no corrector": (
         lambda case: (
             case.method in ("implicit_adams", "fixed_adams")
-            and "max_iters" in case.options
-            and case.options["max_iters"] in (0, -1)
+            and case.options.get("max_iters", 4) in (0, -1, None, "x", 2.5)
         ),
-        "torchdiffeq uses a slope that it has not computed; here it is refused",
+        "torchdiffeq finds out in the first corrector step; here it is refused at once",
     ),
     "complex state that does not move": (
         lambda case: (
@@ -197,13 +196,12 @@ DEVIATIONS = {
     ),
     "zero weights": (
         lambda case: (
-            case.vector_field in ("turns_infinite", "blows_up")
-            and (
-                case.method == "heun3"
-                or (
-                    case.known_method in ADAPTIVE
-                    and bool(case.options.get("min_step") or case.wants)
-                )
+            (case.vector_field == "turns_infinite" and case.known_method in ("heun3", *ADAPTIVE))
+            or (case.vector_field == "blows_up" and case.method == "heun3")
+            or (
+                case.vector_field == "blows_up"
+                and case.known_method in ADAPTIVE
+                and bool(case.options.get("min_step") or case.wants)
             )
         ),
         "a slope of weight 0 is left out, where torchdiffeq adds 0 * inf",
@@ -273,12 +271,11 @@ def rounding_decides(case):
     )
 
 
-def bounds(case):
+def bounds(case, endless):
     """How close the field's arguments, the results and the gradients are."""
     backward = case.arguments.get("adjoint_method") or case.known_method
     methods = {case.known_method, backward}
     # Without an end LIMIT evaluations lead far away, and rounding grows with the solution.
-    endless = case.event in ("never", "zero_at_start")
     far = (100 if case.vector_field == "steep" else 10) if endless else 1
     if case.dtype in (F16, BF16):
         # A few roundings a step, in up to 20 steps; each scales with the last.
@@ -297,11 +294,19 @@ def bounds(case):
         return 2e-3, 2e-6, 1e-4
     if methods & set(ADAPTIVE):
         # Sizes of steps amplify the rounding of estimates, and a discontinuity that of sizes.
-        return far * 1e-6, 1e-7 if case.vector_field == "discontinuous" else 1e-9, 1e-6
+        # Without error control steps grow until their stages are large and cancel.
+        rough = case.vector_field == "discontinuous" or case.options.get("norm") is always_zero
+        return far * 1e-6, 1e-7 if rough else 1e-9, 1e-6
     if methods & set(IMPLICIT):
         # Iterations end at a residual of 1e-8.
         return 1e-7, 1e-7, 1e-6
     return far * 1e-10, far * 1e-10, far * 1e-9
+
+
+def near(times, of):
+    """How many of some times come before the first that is 3 away from where a solve starts."""
+    distances = [abs(float(t) - float(of[0])) for t in times]
+    return next((i for i, distance in enumerate(distances) if not distance < 3), len(times))
 
 
 def assert_same(case, mine, theirs):
@@ -323,13 +328,22 @@ def assert_same(case, mine, theirs):
     )
     assert mine.forward == theirs.forward, f"nfe {mine.forward} {theirs.forward}"
     assert mine.nfe == theirs.nfe, f"nfe total {mine.nfe} {theirs.nfe}"
-    seen, values, slopes = bounds(case)
-    compared = 2 if uncertain else theirs.nfe  # the first two are before any estimate of an error
+    endless = theirs.nfe >= LIMIT
+    seen, values, slopes = bounds(case, endless)
+    compared, noted = theirs.nfe, len(theirs.notes)
+    if uncertain:
+        compared, noted = 2, 0  # before any estimate of an error
+    elif endless and case.known_method in ADAPTIVE:
+        # Farther on, stability limits the steps, or nothing does, and both amplify rounding.
+        compared = min(near(theirs.times, theirs.times), LIMIT // 3)
+        noted = min(near([note[1] for note in theirs.notes], theirs.times), LIMIT // 30)
     close(mine.times[:compared], theirs.times[:compared], seen, "times")
     close(mine.states[:compared], theirs.states[:compared], seen, "states")
     close(mine.results, theirs.results, values, "results")
-    assert [n[0] for n in mine.notes] == [n[0] for n in theirs.notes], "callbacks"
-    for a, b in zip(mine.notes, theirs.notes) if not uncertain else ():
+    if not (uncertain or endless):
+        assert len(mine.notes) == len(theirs.notes), "callbacks"
+    for a, b in zip(mine.notes[:noted], theirs.notes[:noted]):
+        assert a[0] == b[0], "callbacks"
         close(a[1:], b[1:], seen, f"arguments of {a[0]}")
     assert_same_error(mine.backward_error, theirs.backward_error, "backward")
     if theirs.grads is not None:
