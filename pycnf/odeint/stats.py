@@ -31,7 +31,7 @@ class SolveStats:
     evaluations: int = 0
     accepted: int | Tensor | None = 0
     rejected: int | Tensor | None = 0
-    step_sizes: list[float] = field(default_factory=list)
+    step_sizes: list[float] = field(default_factory=list, repr=False)
     backward: SolveStats | None = None
 
     def accept(self, size: float) -> None:
