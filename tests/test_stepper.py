@@ -516,16 +516,16 @@ def test_points_and_their_gradients(with_size, fixed_end):
             (1.0 - start if fixed_end else size).item(), start, size if with_size else None,
             fixed_end,
         )  # fmt: skip
-        return torch.stack(step.points(outputs))
+        return step.points(outputs)
 
     size = torch.tensor(0.75, dtype=F64, requires_grad=with_size) if size is None else size
     assert torch.autograd.gradcheck(function, (outputs, start, size))
 
 
-def test_points_are_in_the_state_s_dtype():
+def test_points_are_in_the_dtype_of_time():
     times, _, _ = step_with_graph(dtype=C64)
-    (x,) = times.points(torch.tensor([0.7], dtype=F64))
-    assert x.dtype == F32
+    x = times.points(torch.tensor([0.7], dtype=F64))
+    assert (x.dtype, x.shape) == (F64, (1,))
 
 
 def test_an_output_outside_of_the_step_is_refused():
