@@ -32,7 +32,7 @@ train: build $(TRAIN_STAMP)
 	$(BIN)/python -m pycnf train $(SOURCE)
 
 test: build $(TRAIN_STAMP) $(TEST_STAMP)
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
 
 bench: build $(BENCH_STAMP)
 	$(BIN)/python -m bench $(BENCH_ARGS)
@@ -68,7 +68,7 @@ $(TRAIN_STAMP): $(TORCH_STAMP)
 	touch $@
 
 $(TEST_STAMP): $(TORCH_STAMP)
-	$(PINNED) pytest hypothesis scipy torchdiffeq==0.2.5
+	$(PINNED) pytest pytest-xdist hypothesis scipy torchdiffeq==0.2.5
 	touch $@
 
 # jax needs Python 3.11; without diffrax the benchmarks say so and go on.

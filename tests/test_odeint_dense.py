@@ -317,20 +317,13 @@ def test_ends_are_inside_in_every_dtype():
         solution(0.3)
 
 
-@pytest.mark.parametrize("method", FIXED)
-def test_fixed_methods(method):
+@pytest.mark.parametrize("method", [*FIXED, "dopri"])
+def test_other_methods(method):
     text = "odeint_dense needs an adaptive method, one of .*dopri8.*adaptive_heun.*, got"
-    with pytest.raises(ValueError, match=f'{text} "{method}"'):
+    with pytest.raises(ValueError, match=f"{text} '{method}'"):
         pycnf.odeint_dense(
             lambda t, y: -y, torch.ones(2), 0.0, 1.0, method=method, options={"step_size": 0.1}
         )
-
-
-def test_unknown_method():
-    mine = outcome(lambda: pycnf.odeint_dense(lambda t, y: -y, torch.ones(2), 0.0, 1.0, method="x"))
-    t = torch.tensor([0.0, 1.0])
-    assert mine == outcome(lambda: pycnf.odeint(lambda t, y: -y, torch.ones(2), t, method="x"))
-    assert raised(mine)
 
 
 @pytest.mark.parametrize("name", ["t0", "t1"])
@@ -344,13 +337,12 @@ def test_ends_that_are_no_number(name, value):
 @pytest.mark.parametrize(
     "bad",
     [
-        {"t1": 0.0},
         {"t0": torch.tensor(0)},
         {"y0": [1.0]},
         {"rtol": torch.tensor(1e-3, requires_grad=True)},
         {"func": lambda t, y: y * float("nan")},
     ],
-    ids=repr,
+    ids=lambda bad: next(iter(bad)),
 )
 def test_errors_are_those_of_odeint(bad):
     arguments = {"func": lambda t, y: -y, "y0": torch.ones(2), "t0": torch.tensor(0.0), "t1": 1.0}

@@ -231,7 +231,8 @@ def test_grid_that_misses_the_ends(method, grid):
     keywords = {"method": method, "options": {"grid_constructor": grid}}
     theirs = call(torchdiffeq, **keywords)
     assert theirs[0] is AssertionError
-    assert call(pycnf, **keywords)[0] is AssertionError
+    text = "the grid must begin and end as t does"
+    assert call(pycnf, **keywords) == (AssertionError, text)
 
 
 @pytest.mark.parametrize(
@@ -477,3 +478,164 @@ class Pair(torch.nn.Module):
 
     def forward(self, t, y):
         return self.field(t, y[0]), -y[1]
+
+
+class _Watched(torch.nn.Module):
+    def forward(self, t, y):
+        return -y
+
+    def callback_step(self, t, y, dt):
+        pass
+
+
+_STIFF = {"method": "implicit_euler", "options": {"step_size": 1.0, "max_iters": 1}}
+WARNED = {
+    "an option": lambda: pycnf.odeint(decay, Y0, T, options={"nonsense": 1}),
+    "an option of a grid": lambda: pycnf.odeint(decay, Y0, T, method="rk4", options={"no": 1}),
+    "a callback": lambda: pycnf.odeint(
+        _Watched(), torch.ones(3, dtype=F64), T, method="scipy_solver"
+    ),
+    "max_order": lambda: pycnf.odeint(
+        decay, Y0, T, method="implicit_adams", options={"max_order": 3, "step_size": 0.1}
+    ),
+    "Adams": lambda: pycnf.odeint(
+        lambda t, y: -1e3 * y,
+        Y0,
+        T,
+        method="implicit_adams",
+        options={"step_size": 0.1, "max_iters": 1},
+    ),
+    "an implicit method": lambda: pycnf.odeint(lambda t, y: -y.pow(3), Y0, T, **_STIFF),
+    "elements": lambda: torch.func.vmap(lambda y: pycnf.odeint(_Watched(), y, T))(
+        torch.ones(2, 3, dtype=F64)
+    ),
+    "the adjoint": lambda: pycnf.odeint_adjoint(
+        MLPField(F64), torch.ones(3, dtype=F64), T, options={"no": 1}
+    ),
+    "discrete": lambda: pycnf.odeint_adjoint(
+        MLPField(F64), torch.ones(3, dtype=F64), T, gradient="discrete", adjoint_rtol=1.0
+    ),
+    "the backward solve": lambda: (
+        pycnf.odeint_adjoint(MLPField(F64), torch.ones(3, dtype=F64), T, adjoint_options={"no": 1})
+        .sum()
+        .backward()
+    ),
+    "odeint_dense": lambda: pycnf.odeint_dense(decay, Y0, 0.0, 1.0, options={"no": 1}),
+}
+
+
+@pytest.mark.parametrize("case", WARNED)
+def test_warnings_point_at_the_caller(case):
+    """Python shows a warning once a line, so a line of pycnf's would hide all but the first."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        WARNED[case]()
+    assert caught
+    assert {w.filename for w in caught} == {__file__}
+
+
+class _Linear(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rate = torch.nn.Parameter(torch.ones((), dtype=F64))
+
+    def forward(self, t, y):
+        return -self.rate * y
+
+
+INF = torch.tensor([0.0, float("inf")], dtype=F64)
+RUBBISH = {
+    "func": (lambda: call(pycnf, func=None), TypeError, "func must be a function, got None"),
+    "empty y0": (
+        lambda: call(pycnf, y0=()), ValueError, "y0 must have at least one part, got an empty tuple"
+    ),
+    "y0": (
+        lambda: call(pycnf, y0=(Y0, 1.0)),
+        TypeError, "y0 must be a tuple of tensors, got 1.0 in place 1",
+    ),
+    "t": (
+        lambda: call(pycnf, t=INF), ValueError, "t must be finite, got times from 0.0 to inf"
+    ),
+    "t on a grid": (
+        lambda: call(pycnf, t=-INF, method="rk4"),
+        ValueError, "t must be finite, got times from -0.0 to -inf",
+    ),
+    "options": (
+        lambda: call(pycnf, options=["dtype"]), TypeError, "options must be a dict, got list"
+    ),
+    "method": (lambda: call(pycnf, method=["rk4"]), ValueError, "Invalid method \"['rk4']\""),
+    "rtol": (
+        lambda: call(pycnf, rtol="a"), TypeError, "rtol must be a number or a tensor, got 'a'"
+    ),
+    "rtol of a tuple": (
+        lambda: call(pycnf, y0=(Y0,), rtol="a"),
+        TypeError, "rtol must be a number or a tensor, got 'a'",
+    ),
+    "atol of Adams": (
+        lambda: call(pycnf, atol=None, method="implicit_adams"),
+        TypeError, "atol must be a number or a tensor, got None",
+    ),
+    "norm": (
+        lambda: call(pycnf, options={"norm": "l2"}), TypeError, "norm must be a function, got 'l2'"
+    ),
+    "step_t": (
+        lambda: call(pycnf, options={"step_t": "a"}),
+        TypeError, "step_t must be a number or a tensor, got 'a'",
+    ),
+    "first_step": (
+        lambda: call(pycnf, options={"first_step": torch.ones(3)}),
+        ValueError, "first_step must be one number, got (3,)",
+    ),
+    "safety": (
+        lambda: call(pycnf, options={"safety": torch.ones(2)}),
+        TypeError, "safety must be a number, got a tensor of shape (2,)",
+    ),
+    "max_num_steps": (
+        lambda: call(pycnf, options={"max_num_steps": float("inf")}),
+        TypeError, "max_num_steps must be a whole number, got inf",
+    ),
+    "no step_size": (
+        lambda: call(pycnf, method="rk4", options={"step_size": 0.0}),
+        ValueError, "step_size must be positive and finite, got 0.0",
+    ),
+    "step_size": (
+        lambda: call(pycnf, method="rk4", options={"step_size": "a"}),
+        TypeError, "step_size must be a number, got 'a'",
+    ),
+    "adjoint_options": (
+        lambda: outcome(lambda: pycnf.odeint_adjoint(_Linear(), Y0, T, adjoint_options=[1])),
+        TypeError, "adjoint_options must be a dict, got list",
+    ),
+    "adjoint norm": (
+        lambda: outcome(
+            lambda: pycnf.odeint_adjoint(_Linear(), Y0, T, adjoint_options={"norm": "semi"})
+        ),
+        TypeError, 'adjoint_options["norm"] must be a function of the adjoint state or "seminorm"',
+    ),
+    "adjoint_params": (
+        lambda: outcome(lambda: pycnf.odeint_adjoint(decay, Y0, T, adjoint_params=3)),
+        TypeError, "adjoint_params must be an iterable of tensors, got 3",
+    ),
+    "an adjoint parameter": (
+        lambda: outcome(lambda: pycnf.odeint_adjoint(decay, Y0, T, adjoint_params=[Y0, 3])),
+        TypeError, "adjoint_params must be tensors, got 3 in place 1",
+    ),
+    "t1": (
+        lambda: outcome(lambda: pycnf.odeint_dense(decay, Y0, 1.0, 1.0)),
+        AssertionError, "t0 and t1 must differ, both are 1.0",
+    ),
+    "dense times": (
+        lambda: outcome(lambda: pycnf.odeint_dense(decay, Y0, 0.0, 1.0)("now")),
+        TypeError, "times must be a number or a tensor, got 'now'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RUBBISH)
+def test_rubbish_is_named(case):
+    """Where torchdiffeq fails somewhere inside, or never ends, the argument is named here."""
+    outcome_of, error, text = RUBBISH[case]
+    got = outcome_of()
+    assert raised(got)
+    assert got[0] is error
+    assert got[1].startswith(text)

@@ -5,6 +5,7 @@ at every output time.
 """
 
 import functools
+import importlib
 import itertools
 
 import pytest
@@ -331,3 +332,22 @@ def test_other_names_are_refused():
     field, y0, t = case("tensor")
     with pytest.raises(ValueError, match=r'"continuous", "joined" or "discrete", got \'adjoint\''):
         pycnf.odeint_adjoint(field, y0, t, gradient="adjoint")
+
+
+def test_a_backward_solver_of_the_user_is_continuous():
+    """Which methods can be joined is asked of pycnf's own; a registered class goes interval by
+    interval."""
+    library = importlib.import_module("pycnf.compat.torchdiffeq._impl.fixed_grid")
+    solvers = importlib.import_module("pycnf.compat.torchdiffeq._impl.odeint").SOLVERS
+
+    class Mine(library.Midpoint):
+        pass
+
+    keywords = {"adjoint_method": "mine", "adjoint_options": {"step_size": 0.05}}
+    solvers["mine"] = Mine
+    try:
+        a = gradients(joined, *case("tensor"), **keywords)
+        b = gradients(continuous, *case("tensor"), **keywords)
+    finally:
+        del solvers["mine"]
+    assert_same_gradients(a.grads, b.grads, 0.0)

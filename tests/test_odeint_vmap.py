@@ -805,9 +805,9 @@ def test_errors_of_arguments():
         return pycnf.odeint_per_sample(lambda t, y: -y, **{"y0": y0, "t": t, **more})
 
     text = fails(lambda: rows(method="magic"), ValueError)
-    assert 'Invalid method "magic". odeint_per_sample has ' in text and '"dopri5"' in text
+    assert 'method "magic" is unknown: odeint_per_sample has ' in text and '"dopri5"' in text
     text = fails(lambda: vmap(lambda y: pycnf.odeint(swing(1.0), y, t, method="x"))(y0), ValueError)
-    assert 'Invalid method "x". odeint under torch.func\'s transforms has ' in text
+    assert 'method "x" is unknown: odeint under torch.func\'s transforms has ' in text
     text = fails(lambda: rows(y0=(y0, torch.ones(3))), ValueError)
     assert "first dimension" in text and "[[2, 1], [3]]" in text
     text = fails(lambda: rows(y0=torch.ones(())), ValueError)
@@ -830,6 +830,34 @@ def test_errors_of_arguments():
     assert text == "step_size and grid_constructor are mutually exclusive arguments."
     text = fails(lambda: rows(method="rk4", options={"grid_constructor": lambda f, y, t: t[:, :2]}))
     assert text == "the grid must begin and end as t does (element 0 of a batch of 2)"
+    text = fails(
+        lambda: vmap(lambda y: pycnf.odeint(swing(1.0), y, t, method="gl4"))(y0), ValueError
+    )
+    assert text.startswith('method "gl4" is not supported here: odeint under torch.func')
+    text = fails(lambda: rows(rtol=torch.ones(3)), ValueError)
+    assert text == "rtol must broadcast to the state's shape (2, 1), got (3,)"
+    text = fails(lambda: rows(options={"first_step": torch.ones(3)}), ValueError)
+    assert text == "first_step must be one number or 2, one for each row of y0, got (3,)"
+    text = fails(lambda: rows(options={"norm": "l2"}), TypeError)
+    assert text == "norm must be a function, got 'l2'"
+    text = fails(lambda: rows(t=t[:0]), IndexError)
+    assert text == "t must have at least the initial time, got no time"
+    text = fails(lambda: rows(t=torch.tensor([0.0, float("inf")])), ValueError)
+    assert text == "t must be finite (element 0 of a batch of 2)"
+    text = fails(lambda: rows(method="rk4", options={"step_size": 0.0}), ValueError)
+    assert text == "step_size must be positive and finite, got 0.0"
+
+
+def test_a_field_written_for_one_time_is_told_of_its_rows():
+    y0 = torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match=r"times of shape \(2,\), .* may want t\[:, None\]"):
+        pycnf.odeint_per_sample(lambda t, y: -t * y, y0, torch.tensor([0.0, 1.0]))
+    with pytest.raises(RuntimeError, match=r"^no$"):
+        pycnf.odeint_per_sample(complains, y0, torch.tensor([0.0, 1.0]))
+
+
+def complains(t, y):
+    raise RuntimeError("no")
 
 
 def test_unknown_options_and_callbacks_warn():

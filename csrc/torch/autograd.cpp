@@ -7,6 +7,8 @@
 
 #include <vector>
 
+#include "torch/find_op.h"
+
 namespace pycnf {
 namespace {
 
@@ -15,9 +17,7 @@ using torch::autograd::variable_list;
 
 at::Tensor combine(const at::Tensor& y, at::TensorList k, at::ArrayRef<double> weights, double h,
                    const std::optional<at::Tensor>& h_graph, bool ordered) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("pycnf::rk_combine", "")
-                             .typed<decltype(combine)>();
+  static const auto op = find_op<decltype(combine)>("pycnf::rk_combine");
   return op.call(y, k, weights, h, h_graph, ordered);
 }
 

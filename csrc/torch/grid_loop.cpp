@@ -1,13 +1,14 @@
 #include "torch/grid_loop.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cmath>
 #include <cstring>
+
+#include "torch/find_op.h"
 
 namespace pycnf {
 namespace {
@@ -79,19 +80,6 @@ class Field {
 
 using Numbers = std::vector<double>;
 
-auto rk_stage_op() {
-  return c10::Dispatcher::singleton()
-      .findSchemaOrThrow("pycnf::rk_stage", "")
-      .typed<at::Tensor(const at::Tensor&, const at::Tensor&, bool, at::TensorList,
-                        at::ArrayRef<double>, double)>();
-}
-
-auto time_tensors_op() {
-  return c10::Dispatcher::singleton()
-      .findSchemaOrThrow("pycnf::time_tensors", "")
-      .typed<std::vector<at::Tensor>(at::ArrayRef<double>, at::ScalarType, at::Device)>();
-}
-
 void write_row(const at::Tensor& solution, int64_t row, const at::Tensor& y) {
   if (y.is_cpu() && y.is_contiguous()) {
     auto* out = static_cast<char*>(solution.mutable_data_ptr()) + row * y.nbytes();
@@ -133,8 +121,12 @@ template <typename Time, typename State>
 py::tuple steps_of(const Field& field, const at::Tensor& y0, const std::vector<Numbers>& a,
                    const Numbers& b, const GridTimes<Time, State>& grid, const at::Tensor& solution,
                    std::optional<py::list> states) {
-  static const auto rk_stage = rk_stage_op();
-  static const auto time_tensors = time_tensors_op();
+  static const auto rk_stage =
+      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, bool, at::TensorList,
+                         at::ArrayRef<double>, double)>("pycnf::rk_stage");
+  static const auto time_tensors =
+      find_op<std::vector<at::Tensor>(at::ArrayRef<double>, at::ScalarType, at::Device)>(
+          "pycnf::time_tensors");
   const int64_t stages = b.size(), steps = int64_t(grid.grid.size()) - 1;
   const auto k = at::empty({stages, y0.numel()}, y0.options());
   const auto times_from = [&](int64_t step) {

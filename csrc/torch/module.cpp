@@ -1,7 +1,6 @@
 // pybind11 module `_C`: what the dispatcher cannot carry. Importing it registers the ops.
 
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -14,6 +13,7 @@
 
 #include "core/tableau.h"
 #include "torch/cpu_kernels.h"
+#include "torch/find_op.h"
 #include "torch/grid_loop.h"
 #include "torch/interrupt.h"
 
@@ -43,11 +43,7 @@ py::dict tableau_dict(const pycnf::Tableau& t) {
 // The dispatcher's general way from Python boxes every argument by the schema, which takes longer
 // than a step of a small state. The ops of the inner loop are therefore bound by their types; they
 // are the same ops, dispatched as ever.
-template <typename Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
+using pycnf::find_op;
 using Tensors = std::vector<at::Tensor>;
 using Numbers = std::vector<double>;
 using MaybeTensor = std::optional<at::Tensor>;

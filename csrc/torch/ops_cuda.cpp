@@ -11,6 +11,7 @@
 
 #include "cuda/kernels.h"
 #include "torch/arguments.h"
+#include "torch/find_op.h"
 
 namespace pycnf {
 namespace {
@@ -165,9 +166,7 @@ std::vector<at::Tensor> time_tensors_cuda(at::ArrayRef<double> values, at::Scala
 std::vector<at::Tensor> time_tensors(at::ArrayRef<double> values, at::ScalarType dtype,
                                      at::Device device) {
   if (device.is_cuda()) return time_tensors_cuda(values, dtype, device);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("pycnf::time_tensors", "")
-                             .typed<decltype(time_tensors)>();
+  static const auto op = find_op<decltype(time_tensors)>("pycnf::time_tensors");
   const auto key = c10::computeDispatchKey(dtype, /*layout=*/std::nullopt, device);
   return op.redispatch(c10::DispatchKeySet(key), values, dtype, device);
 }

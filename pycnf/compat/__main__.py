@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -26,6 +27,8 @@ def main(arguments: list[str]) -> None:
     target = arguments[0]
     if not as_module and not os.path.exists(target):
         raise SystemExit(f"pycnf.compat: no such script: {target}")
+    if as_module and importlib.util.find_spec(target) is None:
+        raise SystemExit(f"pycnf.compat: no such module: {target}")
     install()
     sys.argv = arguments
     if as_module:

@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import math
 import operator
-import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -18,6 +17,7 @@ from pycnf.nn.divergence import VectorField
 from pycnf.nn.fusion import why_not_fused
 from pycnf.nn.mlp import MLP
 from pycnf.odeint.tableau import TABLEAUX, Tableau
+from pycnf.warn import warn
 
 from .control import AdaptiveControl, FixedControl
 from .distributions import StandardNormal
@@ -635,11 +635,10 @@ class CNF(nn.Module):
         if self.training or self.divergence == "exact" or self._warned:
             return
         self._warned = True
-        warnings.warn(
+        warn(
             "log_prob in eval mode is a random estimate (divergence='hutchinson', "
             f"{self.probes} probe{'s' if self.probes > 1 else ''}); set divergence='exact' for "
-            "likelihoods to report",
-            stacklevel=3,
+            "likelihoods to report"
         )
 
 

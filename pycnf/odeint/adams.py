@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from fractions import Fraction
@@ -20,10 +19,12 @@ import torch
 from torch import Tensor
 
 from pycnf._ops import has_kernels, kernels
+from pycnf.odeint.arguments import numbers
 from pycnf.odeint.explicit_grid import ExplicitGridSolver
 from pycnf.odeint.fixed_grid import Ends, FixedGridSolver, problem_call
 from pycnf.odeint.problem import Problem
 from pycnf.odeint.tableau import Tableau
+from pycnf.warn import warn
 
 _MIN_ORDER = 4
 _MAX_ORDER = 12
@@ -83,12 +84,10 @@ class AdamsBashforth(ExplicitGridSolver):
         super().__init__(problem, tableau, name, **options)
         assert max_order <= _MAX_ORDER, f"max_order must be at most {_MAX_ORDER}"
         if max_order < _MIN_ORDER:
-            warnings.warn(
-                f"max_order is below {_MIN_ORDER}, so the solver reduces to `rk4`.", stacklevel=4
-            )
+            warn(f"max_order is below {_MIN_ORDER}, so the solver reduces to `rk4`.")
         y0 = problem.y0
-        self.rtol = torch.as_tensor(problem.rtol, dtype=y0.dtype, device=y0.device)
-        self.atol = torch.as_tensor(problem.atol, dtype=y0.dtype, device=y0.device)
+        self.rtol = numbers("rtol", problem.rtol, y0.dtype, y0.device)
+        self.atol = numbers("atol", problem.atol, y0.dtype, y0.device)
         self.max_iters = max_iters
         self.slopes: deque[Tensor] = deque(maxlen=int(max_order) - 1)  # newest first
         self.newest: float | None = None
@@ -181,9 +180,7 @@ class AdamsBashforthMoulton(AdamsBashforth):
             if self._converged(before.detach(), change.detach()):
                 break
         else:
-            warnings.warn(
-                "Functional iteration did not converge. Solution may be incorrect.", stacklevel=5
-            )
+            warn("Functional iteration did not converge. Solution may be incorrect.")
             self.slopes.pop()
         return y0 + change
 

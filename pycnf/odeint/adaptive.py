@@ -1,7 +1,6 @@
 """Adaptive methods with torchdiffeq's step sequence: it overshoots the output times and
-interpolates, reuses the last
-derivative of a step as the first of the next whatever the method, and evaluates stages at the end
-of a step just before it.
+interpolates, reuses the last derivative of a step as the first of the next whatever the method, and
+evaluates stages at the end of a step just before it.
 
 Step control runs on Python floats rounded to the dtype that torchdiffeq's tensors would have; the
 state is touched by compiled ops only. As soon as something carries a graph (the state, a time, what
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from pycnf import reference
 from pycnf.odeint import rounding
-from pycnf.odeint.problem import Problem, warn_unused
+from pycnf.odeint.arguments import check_function, count, number, numbers, warn_unused
+from pycnf.odeint.problem import Problem
 from pycnf.odeint.step_times import StepTimes
 from pycnf.odeint.stepper import Rows, differentiable_quartic, differentiable_step
 from pycnf.odeint.tableau import Tableau
@@ -126,17 +126,27 @@ class AdaptiveSolver:
         self.dtype = torch.promote_types(dtype, rounding.real_dtype(y0.dtype))
         self.round = rounding.rounding(self.dtype)
         self.round_state = rounding.rounding(rounding.real_dtype(y0.dtype))
-        numbers = (safety, ifactor, dfactor, min_step, max_step)
-        self.limits = Limits(*(self.round(float(x)) for x in numbers), int(max_num_steps))
+        limits = {
+            "safety": safety,
+            "ifactor": ifactor,
+            "dfactor": dfactor,
+            "min_step": min_step,
+            "max_step": max_step,
+        }
+        self.limits = Limits(
+            *(self.round(number(*limit)) for limit in limits.items()),
+            count("max_num_steps", max_num_steps),
+        )
         self.first_step = first_step
         self.given_stops = {"step_t": step_t, "jump_t": jump_t}
         self.stops: dict[str, list[float]] = {}
         self.stop_graphs: dict[str, Sequence[Tensor]] = {}
+        check_function("norm", problem.norm)
         segments = problem.segments()
         self.own_norm = segments is not None
         # As torch's promotion would have them: for norms that only their own code can compute.
         self.tolerances = {
-            name: torch.as_tensor(value, dtype=self.dtype, device=y0.device)
+            name: numbers(name, value, self.dtype, y0.device)
             for name, value in (("rtol", problem.rtol), ("atol", problem.atol))
         }
         self.rows = Rows(
@@ -198,16 +208,13 @@ class AdaptiveSolver:
         self.s = times[0].item()
         if times.requires_grad and torch.is_grad_enabled():
             self.s_graph = times[0]
-        start = self._times(self.s, 0.0, None)
-        self.f_time = self.round_state(self.s)
-        fresh = problem.call(start.at(self.f_time), y0)
-        self.rows.store(0, fresh)
+        fresh = self._evaluate_start(self.round_state(self.s))
         grad = torch.is_grad_enabled()
-        if grad and any(part.requires_grad for part in fresh):
-            self.f_graph = problem.as_state(fresh, y0)
         plain = y0.dim() > 0 and all(part.dtype == y0.dtype for part in fresh)
         if self.first_step is not None:
-            first = torch.as_tensor(self.first_step, dtype=self.dtype)
+            first = numbers("first_step", self.first_step, self.dtype)
+            if first.numel() != 1:
+                raise ValueError(f"first_step must be one number, got {tuple(first.shape)}")
         elif grad or not plain or not self.own_norm:
             first = self._initial_step_by_tensors(problem.joined(fresh))
         else:
@@ -222,7 +229,7 @@ class AdaptiveSolver:
         """Grid points and discontinuities after the start, ascending, and the next of each."""
         stops, tensors = {}, {}
         for name, given in self.given_stops.items():
-            points = torch.as_tensor([] if given is None else given, dtype=self.dtype)
+            points = numbers(name, [] if given is None else given, self.dtype)
             points = points[points >= self.s].sort().values
             stops[name] = points.tolist()
             if points.requires_grad and torch.is_grad_enabled():
@@ -475,13 +482,14 @@ class AdaptiveSolver:
             # f on the far side of the discontinuity.
             self._evaluate_start(rounding.after(self.round_state(self.s), times.dtype))
 
-    def _evaluate_start(self, f_time: float) -> None:
-        """The derivative at the start of the next step, evaluated anew at f_time."""
+    def _evaluate_start(self, f_time: float) -> Sequence[Tensor]:
+        """The derivative at the start of the next step, evaluated at f_time, as it came."""
         self.f_time = f_time
         fresh = self.problem.call(self._times(self.s, 0.0, None).at(f_time), self.y)
         self.rows.store(0, fresh)
         graph = torch.is_grad_enabled() and any(part.requires_grad for part in fresh)
         self.f_graph = self.problem.as_state(fresh, self.y) if graph else None
+        return fresh
 
 
 @dataclass

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from pycnf._build import _C
-from pycnf.odeint.adaptive import AdaptiveSolver
+from pycnf.odeint import rounding
 from pycnf.odeint.autocast import autocast_of_now
 from pycnf.odeint.joined import JoinedSolver
 from pycnf.odeint.norms import AdjointNorm, flat_to_shapes
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
-from pycnf.odeint.solve import SOLVERS, make_solver, solve_without_graph
+from pycnf.odeint.solve import SOLVERS, adaptive_methods, make_solver, solve_without_graph
 from pycnf.odeint.until_event import solve_until_event
 
 # Parts of the adjoint state that its field looks at: of a network's parameters there may be many.
@@ -33,6 +33,11 @@ def _adjoint_norm(norm: Any, problem: Problem) -> Callable:
     """
     if norm is None or norm == "seminorm":
         return AdjointNorm(problem.norm, problem.shapes, parameters=norm is None)
+    if not callable(norm):
+        raise TypeError(
+            'adjoint_options["norm"] must be a function of the adjoint state or "seminorm", '
+            f"got {norm!r}"
+        )
     if problem.shapes is None:
         return norm
 
@@ -79,8 +84,7 @@ class _Continuous(torch.autograd.Function):
         arguments = {**ctx.backward_arguments, "options": ctx.adjoint_options}
         # A zero cotangent may have a derivative, so it is no reason to pass through.
         joined = arguments["joined"] and not torch.is_grad_enabled()
-        method = SOLVERS.get(arguments["method"] or "dopri5")
-        joined = joined and method is not None and method.solver is AdaptiveSolver
+        joined = joined and (arguments["method"] or "dopri5") in adaptive_methods()
         solve = _solve_joined if joined else _solve_intervals
         problem = ctx.problem
         stats = problem.stats.for_backward()
@@ -237,8 +241,7 @@ class _AdjointField:
                 setattr(self, name, callback)
 
     def _time(self, s: Tensor) -> Tensor:
-        y0 = self.problem.y0
-        dtype = y0.dtype.to_real() if y0.is_complex() else y0.dtype
+        dtype = rounding.real_dtype(self.problem.y0.dtype)
         return (s if self.problem.sign > 0 else -s).to(dtype)
 
     def value(self, s: Tensor, y: Tensor) -> Tensor:

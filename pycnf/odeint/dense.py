@@ -12,9 +12,10 @@ from torch import Tensor
 from pycnf import reference
 from pycnf.odeint import rounding
 from pycnf.odeint.adaptive import AdaptiveSolver
+from pycnf.odeint.arguments import numbers
 from pycnf.odeint.norms import flat_to_shapes
 from pycnf.odeint.problem import make_problem
-from pycnf.odeint.solve import SOLVERS, make_solver
+from pycnf.odeint.solve import SOLVERS, adaptive_methods, make_solver
 from pycnf.odeint.stats import publish
 from pycnf.odeint.stepper import combine
 from pycnf.odeint.transforms import transforming
@@ -69,14 +70,12 @@ def odeint_dense(
             "odeint_dense does not work under torch.func's transforms and in forward mode"
         )
     t = _endpoints(y0, t0, t1)
-    problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS)
-    adaptive = [
-        name for name, each in SOLVERS.items() if getattr(each, "solver", None) is AdaptiveSolver
-    ]
-    if problem.method not in adaptive:
+    adaptive = adaptive_methods()
+    if method is not None and method not in adaptive:
         raise ValueError(
-            f'odeint_dense needs an adaptive method, one of {adaptive}, got "{problem.method}"'
+            f"odeint_dense needs an adaptive method, one of {adaptive}, got {method!r}"
         )
+    problem = make_problem(func, y0, t, rtol, atol, method, options, SOLVERS)
     publish(problem.stats)
     solver = make_solver(problem)
     steps, quartics = _integrate(solver)
@@ -95,7 +94,8 @@ def odeint_dense(
 
     @untraced
     def solution(times: float | Tensor) -> Tensor | tuple[Tensor, ...]:
-        times = torch.as_tensor(times, dtype=None if isinstance(times, Tensor) else torch.float64)
+        if not isinstance(times, Tensor):
+            times = numbers("times", times, torch.float64)
         # The search runs on the host, so times that come from there cost no synchronization.
         seen = times.detach().cpu()
         s = sign * times.reshape(-1).to(starts)
@@ -124,6 +124,7 @@ def _endpoints(y0: Any, t0: float | Tensor, t1: float | Tensor) -> Tensor:
         if not isinstance(t, int | float) and not (isinstance(t, Tensor) and t.dim() == 0):
             got = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f"{name} must be a number or a 0-dim tensor, got {got}")
+    assert t0 != t1, f"t0 and t1 must differ, both are {float(t0)}"
     if isinstance(t0, Tensor):
         return torch.stack([t0, torch.as_tensor(t1, dtype=t0.dtype, device=t0.device)])
     state = y0[0] if isinstance(y0, tuple) and y0 else y0

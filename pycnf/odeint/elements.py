@@ -7,7 +7,6 @@ all that controls the steps has one value an element.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,18 @@ import torch
 from torch import Size, Tensor
 
 from pycnf.odeint import rounding
+from pycnf.odeint.arguments import (
+    check_function,
+    numbers,
+    options_copy,
+    state_parts,
+    tuple_tolerance,
+)
 from pycnf.odeint.norms import MixedNorm, RmsNorm, flat_to_shapes
-from pycnf.odeint.problem import CALLBACKS, tuple_tolerance
+from pycnf.odeint.problem import CALLBACKS
 from pycnf.odeint.stats import SolveStats
 from pycnf.odeint.transforms import first_true
+from pycnf.warn import warn
 
 
 @dataclass
@@ -72,8 +79,7 @@ class Elements:
         """
         t = (self.sign * s).to(rounding.real_dtype(y.dtype))
         if self.shapes is None:
-            self.stats.evaluations += 1
-            f = self.func(t, y)
+            f = self._evaluate(t, y)
             if not isinstance(f, Tensor):
                 raise TypeError(f"func must return a tensor like its state, got {type(f).__name__}")
             if f.shape == y.shape or (broadcasts and not self.lead):
@@ -84,8 +90,7 @@ class Elements:
                     f"got {tuple(f.shape)}"
                 )
             return f.reshape(y.shape)
-        self.stats.evaluations += 1
-        parts = list(self.func(t, flat_to_shapes(y, self.shapes, self.lead)))
+        parts = list(self._evaluate(t, flat_to_shapes(y, self.shapes, self.lead)))
         wanted = [self.lead + tuple(shape) for shape in self.shapes]
         sizes = [part.numel() for part in parts]
         if sizes != [Size(shape).numel() for shape in wanted]:
@@ -94,6 +99,19 @@ class Elements:
                 f"got {[tuple(part.shape) for part in parts]}"
             )
         return torch.cat([part.reshape(*self.lead, -1) for part in parts], -1)
+
+    def _evaluate(self, t: Tensor, y: Tensor | tuple[Tensor, ...]) -> Any:
+        self.stats.evaluations += 1
+        try:
+            return self.func(t, y)
+        except RuntimeError as error:
+            # Times [B] beside states [B, ...]: the mistake that fields written for one time make.
+            if self.lead and "size of tensor" in str(error):
+                raise RuntimeError(
+                    f"{error}\nHere func is called with times of shape {tuple(t.shape)}, one for "
+                    "each row of its state; a field written for one time may want t[:, None]"
+                ) from error
+            raise
 
     def norms(self, state: Tensor) -> Tensor:
         """Every element's norm [*lead] of one tensor like y0."""
@@ -123,7 +141,7 @@ class Elements:
         """
         if value is None or len(value) == 0:
             return None
-        given = torch.as_tensor(value, dtype=dtype, device=self.y0.device)
+        given = numbers(name, value, dtype, self.y0.device)
         points = by_time(name, given, self.lead)
         return self.sign * points if isinstance(value, Tensor) else points
 
@@ -162,10 +180,10 @@ def make_elements(
     Args:
         by_rows: the elements are the rows of y0, else those of vmap.
     """
+    check_function("func", func)
     shapes, lead = None, ()
     norm: Callable = RmsNorm()
-    assert isinstance(y0, Tensor | tuple), "y0 must be either a torch.Tensor or a tuple"
-    parts = (y0,) if isinstance(y0, Tensor) else y0
+    parts = state_parts(y0)
     if by_rows:
         sizes = {part.shape[0] if part.dim() else None for part in parts}
         if len(sizes) != 1 or None in sizes:
@@ -179,29 +197,33 @@ def make_elements(
         rtol, atol = tuple_tolerance("rtol", rtol, shapes), tuple_tolerance("atol", atol, shapes)
         y0 = torch.cat([part.reshape(*lead, -1) for part in y0], -1)
         norm = MixedNorm()
-    options = {} if options is None else dict(options)
+    options = options_copy("options", options)
     norm = options.pop("norm", norm)
     assert isinstance(t, Tensor), "t must be a torch.Tensor"
     if not torch.is_floating_point(t):
         raise TypeError(f"`t` must be a floating point Tensor but is a {t.type()}")
     s = by_time("t", t, lead)
+    if not len(s):
+        raise IndexError("t must have at least the initial time, got no time")
     sign = torch.ones_like(s[0])
     if len(s) > 1:
         sign = torch.where((s[0] > s[1]).detach(), -sign, sign)
         s = sign * s
     bad = first_true(~(s[1:] > s[:-1]).all(0))
     assert bad is None, f"t must be strictly increasing or decreasing{bad}"
+    endless = first_true(~torch.isfinite(s[[0, -1]]).all(0))
+    if endless is not None:
+        raise ValueError(f"t must be finite{endless}")
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
         if isinstance(tolerance, Tensor):
             assert not tolerance.requires_grad, f"{name} cannot require gradient"
     if s.device != y0.device:
-        warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=4)
+        warn("t is not on the same device as y0. Coercing to y0.device.")
         s, sign = s.to(y0.device), sign.to(y0.device)
     callbacks = {name for name in CALLBACKS if hasattr(func, name)}
     if callbacks:
-        warnings.warn(
+        warn(
             f"Solver '{method}' does not support callbacks {callbacks} where every element of a "
-            "batch takes its own steps, nor under torch.func's transforms",
-            stacklevel=4,
+            "batch takes its own steps, nor under torch.func's transforms"
         )
     return Elements(func, y0, shapes, lead, s, sign, rtol, atol, norm, options, SolveStats(method))

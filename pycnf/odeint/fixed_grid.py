@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pycnf._ops import time_tensors
 from pycnf.odeint import rounding
-from pycnf.odeint.problem import Problem, warn_unused
+from pycnf.odeint.arguments import check_step_size, warn_unused
+from pycnf.odeint.problem import Problem
 from pycnf.odeint.tableau import Tableau
 
 
@@ -69,6 +70,8 @@ class FixedGridSolver(abc.ABC):
         warn_unused(name, unused)
         if step_size is not None and grid_constructor is not None:
             raise ValueError("step_size and grid_constructor are mutually exclusive arguments.")
+        if step_size is not None:
+            check_step_size(step_size)
         self.problem, self.tableau, self.tape = problem, tableau, tape
         self.atol = problem.atol  # of an event's time
         self.step_size, self.grid_constructor = step_size, grid_constructor
@@ -103,7 +106,9 @@ class FixedGridSolver(abc.ABC):
         s, y0 = problem.s, problem.y0
         grid = self.grid(s) if grid is None else grid
         values, outputs = grid.tolist(), problem.times
-        assert values[0] == outputs[0] and values[-1] == outputs[-1]
+        assert values[0] == outputs[0] and values[-1] == outputs[-1], (
+            "the grid must begin and end as t does"
+        )
         grad = torch.is_grad_enabled()
         times_graph = grad and (grid.requires_grad or s.requires_grad)
         graph = times_graph or (grad and y0.requires_grad)

@@ -8,13 +8,13 @@ recomputes one step at a time with a graph and walks through it. All can be diff
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from pycnf.odeint.adjoint import _adjoint_norm, _Continuous
+from pycnf.odeint.arguments import options_copy, parameters
 from pycnf.odeint.discrete import _Discrete
 from pycnf.odeint.norms import flat_to_shapes
 from pycnf.odeint.problem import least_event, make_problem
@@ -22,6 +22,7 @@ from pycnf.odeint.solve import SOLVERS, odeint
 from pycnf.odeint.stats import publish
 from pycnf.odeint.transforms import transforming
 from pycnf.odeint.untraced import untraced
+from pycnf.warn import warn
 
 
 @untraced
@@ -106,10 +107,7 @@ def odeint_adjoint(
         }
         unused = [name for name, value in solves.items() if value is not None]
         if unused:
-            warnings.warn(
-                f'gradient="discrete" solves no adjoint equation: {", ".join(unused)} not used.',
-                stacklevel=2,
-            )
+            warn(f'gradient="discrete" solves no adjoint equation: {", ".join(unused)} not used.')
     adjoint_rtol = rtol if adjoint_rtol is None else adjoint_rtol
     adjoint_atol = atol if adjoint_atol is None else adjoint_atol
     adjoint_method = method if adjoint_method is None else adjoint_method
@@ -119,17 +117,21 @@ def odeint_adjoint(
             "So as `options` has been passed then `adjoint_options` must be passed as well."
         )
     if adjoint_options is None:
-        adjoint_options = {k: v for k, v in (options or {}).items() if k != "norm"}
+        inferred = options_copy("options", options)
+        adjoint_options = {k: v for k, v in inferred.items() if k != "norm"}
     else:
-        adjoint_options = dict(adjoint_options)
-    params = find_parameters(func) if adjoint_params is None else tuple(adjoint_params)
+        adjoint_options = options_copy("adjoint_options", adjoint_options)
+    params = (
+        find_parameters(func)
+        if adjoint_params is None
+        else parameters("adjoint_params", adjoint_params)
+    )
     trainable = tuple(p for p in params if p.requires_grad)
     if len(trainable) != len(params) and callable(adjoint_options.get("norm")):
-        warnings.warn(
+        warn(
             "An adjoint parameter was passed without requiring gradient. For efficiency this will "
             "be excluded from the adjoint pass, and will not appear as a tensor in the adjoint "
-            "norm.",
-            stacklevel=2,
+            "norm."
         )
     if transforming():
         return odeint(

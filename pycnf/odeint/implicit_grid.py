@@ -9,7 +9,6 @@ is never formed (see `reference.broyden_step`): an iteration costs vectors, not 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from pycnf.odeint import rounding
 from pycnf.odeint.fixed_grid import Ends, FixedGridSolver
 from pycnf.odeint.problem import Problem
 from pycnf.odeint.stepper import combine
+from pycnf.warn import warn
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,4 @@ class ImplicitGridSolver(FixedGridSolver):
             for i, part in zip(stages, steps[-1].view(len(stages), -1)):
                 k[i] = k[i] + part.view_as(k[i])
             r = residual()
-        warnings.warn(
-            "Functional iteration did not converge. Solution may be incorrect.", stacklevel=2
-        )
+        warn("Functional iteration did not converge. Solution may be incorrect.")

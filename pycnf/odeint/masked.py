@@ -30,7 +30,8 @@ def solve_elements(
     if method not in TABLEAUX:
         where = "odeint_per_sample" if by_rows else "odeint under torch.func's transforms"
         names = ", ".join(f'"{name}"' for name in TABLEAUX)
-        raise ValueError(f'Invalid method "{method}". {where} has {names}.')
+        problem = "is not supported here" if method in solvers else "is unknown"
+        raise ValueError(f'method "{method}" {problem}: {where} has {names}')
     tableau = TABLEAUX[method]
     elements = make_elements(func, y0, t, rtol, atol, method, options, by_rows)
     publish(elements.stats)

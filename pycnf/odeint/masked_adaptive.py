@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pycnf import reference
 from pycnf.odeint import rounding
+from pycnf.odeint.arguments import check_function, count, numbers, warn_unused
 from pycnf.odeint.elements import Elements
 from pycnf.odeint.masked_outputs import Outputs, fraction, nearest, weighted
-from pycnf.odeint.problem import warn_unused
 from pycnf.odeint.tableau import Tableau
 from pycnf.odeint.transforms import beneath, first_true, read_flags
 
@@ -53,15 +53,23 @@ class MaskedAdaptiveSolver:
             dtype = torch.float32
         self.state_dtype = rounding.real_dtype(y0.dtype)
         self.dtype = torch.promote_types(dtype, self.state_dtype)
-        self.rtol, self.atol = self._time_like(elements.rtol), self._time_like(elements.atol)
+        check_function("norm", elements.norm)
+        self.rtol = self._tolerance("rtol", elements.rtol)
+        self.atol = self._tolerance("atol", elements.atol)
         # The dtype in which torch has the scaled error of one element's state.
         plain = elements.element_dims > 0 and self.rtol.dim() == 0 and self.atol.dim() == 0
         self.error_dtype = self.state_dtype if plain else self.dtype
         self.first_step = first_step
-        self.safety, self.ifactor = self._time_like(safety), self._time_like(ifactor)
-        self.dfactor = self._time_like(dfactor)
-        self.min_step, self.max_step = self._time_like(min_step), self._time_like(max_step)
-        self.max_num_steps = int(max_num_steps)
+        self.safety, self.ifactor = (
+            self._control("safety", safety),
+            self._control("ifactor", ifactor),
+        )
+        self.dfactor = self._control("dfactor", dfactor)
+        self.min_step, self.max_step = (
+            self._control("min_step", min_step),
+            self._control("max_step", max_step),
+        )
+        self.max_num_steps = count("max_num_steps", max_num_steps)
         self.times = elements.s.to(self.dtype)
         self.stops = [
             _Stops(points, self.times[0])
@@ -76,8 +84,26 @@ class MaskedAdaptiveSolver:
             y0.new_tensor(row, dtype=self.state_dtype) for row in (tableau.b, tableau.e, tableau.m)
         )
 
-    def _time_like(self, value: Any) -> Tensor:
-        return torch.as_tensor(value, dtype=self.dtype, device=self.elements.y0.device)
+    def _tolerance(self, name: str, value: Any) -> Tensor:
+        y0 = self.elements.y0
+        tolerance = numbers(name, value, self.dtype, y0.device)
+        if tolerance.numel() > 1 and not _broadcasts(tolerance.shape, y0.shape):
+            raise ValueError(
+                f"{name} must broadcast to the state's shape {tuple(y0.shape)}, "
+                f"got {tuple(tolerance.shape)}"
+            )
+        return tolerance
+
+    def _control(self, name: str, value: Any) -> Tensor:
+        """A number for all elements, or [*lead] with one for each."""
+        lead = self.elements.lead
+        control = numbers(name, value, self.dtype, self.elements.y0.device)
+        if control.numel() == 1:
+            return control.reshape(())
+        if control.shape != lead:
+            wanted = f"one number or {lead[0]}, one for each row of y0" if lead else "one number"
+            raise ValueError(f"{name} must be {wanted}, got {tuple(control.shape)}")
+        return control
 
     # ---- the solve -------------------------------------------------------------------------------
 
@@ -128,7 +154,7 @@ class MaskedAdaptiveSolver:
     def _first_step(self, f0: Tensor) -> Tensor:
         """Hairer, Norsett & Wanner, Solving ODEs I, II.4; f0 in the dtype that the field gave."""
         if self.first_step is not None:
-            return self._time_like(self.first_step)
+            return self._control("first_step", self.first_step)
         elements, y0, s0 = self.elements, self.elements.y0, self.times[0]
         scale = self._scale(y0.abs())
         d0, d1 = self._graph_norm(y0 / scale), self._graph_norm(f0 / scale)
@@ -321,3 +347,8 @@ class _Stops:
         if hit is not None:
             later = (self.next + 1).clamp(max=len(self.points) - 1)
             self.next = torch.where(hit & accepted, later, self.next)
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    pairs = zip(reversed(shape), reversed(to))
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in pairs)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from pycnf.odeint import rounding
+from pycnf.odeint.arguments import check_step_size, warn_unused
 from pycnf.odeint.elements import Elements, by_time
 from pycnf.odeint.fixed_grid import cubic_hermite
 from pycnf.odeint.masked_outputs import Outputs, fraction, nearest
-from pycnf.odeint.problem import warn_unused
 from pycnf.odeint.tableau import Tableau
 from pycnf.odeint.transforms import beneath, first_true, largest
 
@@ -42,6 +42,8 @@ class MaskedFixedGridSolver:
             raise ValueError("step_size and grid_constructor are mutually exclusive arguments.")
         if interp not in ("linear", "cubic"):
             raise ValueError(f"Unknown interpolation method {interp}")
+        if step_size is not None and not isinstance(step_size, Tensor):
+            check_step_size(step_size)
         self.elements, self.tableau = elements, tableau
         self.step_size, self.grid_constructor = step_size, grid_constructor
         self.interp, self.perturb = interp, bool(perturb)

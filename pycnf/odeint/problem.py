@@ -8,17 +8,24 @@ are torchdiffeq's.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
+from pycnf.odeint.arguments import (
+    check_finite_times,
+    check_function,
+    options_copy,
+    output_times,
+    state_parts,
+    tuple_tolerance,
+)
 from pycnf.odeint.norms import MixedNorm, RmsNorm, flat_to_shapes, segments_of
 from pycnf.odeint.stats import SolveStats
+from pycnf.warn import warn
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
@@ -146,6 +153,7 @@ def make_problem(
     Raises:
         AssertionError, TypeError, ValueError: with torchdiffeq's texts.
     """
+    check_function("func", func)
     if event_fn is not None:
         if len(t) != 2:
             raise ValueError(
@@ -154,21 +162,23 @@ def make_problem(
         event_fn = least_event(event_fn, t[0], y0)
     shapes = None
     norm: Callable = RmsNorm()
+    parts = state_parts(y0)
     if not isinstance(y0, Tensor):
-        assert isinstance(y0, tuple), "y0 must be either a torch.Tensor or a tuple"
-        shapes = [part.shape for part in y0]
+        shapes = [part.shape for part in parts]
         rtol, atol = tuple_tolerance("rtol", rtol, shapes), tuple_tolerance("atol", atol, shapes)
-        y0 = torch.cat([part.reshape(-1) for part in y0])
+        y0 = torch.cat([part.reshape(-1) for part in parts])
         norm = MixedNorm()
     if not (torch.is_floating_point(y0) or torch.is_complex(y0)):
         raise TypeError(f"`y0` must be a floating point or complex Tensor but is a {y0.type()}")
-    options = {} if options is None else dict(options)
+    options = options_copy("options", options)
     method = "dopri5" if method is None else method
-    if method not in solvers:
+    if not isinstance(method, str) or method not in solvers:
         names = '{"' + '", "'.join(solvers) + '"}'
         raise ValueError(f'Invalid method "{method}". Must be one of {names}.')
     norm = options.pop("norm", norm)
-    times = _checked_times(t)
+    times = output_times(t)
+    if event_fn is None:
+        check_finite_times(times[0], times[-1])
     sign = -1 if len(times) > 1 and times[0] > times[1] else 1
     s = t
     if sign < 0:
@@ -181,12 +191,12 @@ def make_problem(
         if isinstance(tolerance, Tensor):
             assert not tolerance.requires_grad, f"{name} cannot require gradient"
     if s.device != y0.device:
-        warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=3)
+        warn("t is not on the same device as y0. Coercing to y0.device.")
         s = s.to(y0.device)
     callbacks = {name: getattr(func, name) for name in CALLBACKS if hasattr(func, name)}
     unsupported = set(callbacks) - solvers[method].valid_callbacks()
     if unsupported:
-        warnings.warn(f"Solver '{method}' does not support callbacks {unsupported}", stacklevel=3)
+        warn(f"Solver '{method}' does not support callbacks {unsupported}")
     callbacks = {name: callbacks[name] for name in callbacks if name not in unsupported}
     return Problem(
         func, y0.contiguous(), shapes, s, times, sign, rtol, atol, method, options, norm,
@@ -206,46 +216,7 @@ def least_event(event_fn: Callable, t0: Tensor, y0: Tensor | tuple[Tensor, ...])
     return lambda t, y: torch.min(event_fn(t, y) * signs)
 
 
-def tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:
-    """A tolerance per part, spread over the values of the state; anything not iterable is left
-    alone.
-    """
-    try:
-        iter(tolerance)
-    except TypeError:
-        return tolerance
-    tolerance = tuple(tolerance)
-    assert len(tolerance) == len(shapes), (
-        f"If using tupled {name} it must have the same length as the tuple y0"
-    )
-    return torch.cat(
-        [torch.as_tensor(each).expand(shape.numel()) for each, shape in zip(tolerance, shapes)]
-    )
-
-
 def _checked_slope(f: Any) -> Tensor:
     if not isinstance(f, Tensor):
         raise TypeError(f"func must return a tensor like its state, got {type(f).__name__}")
     return f
-
-
-def _checked_times(t: Tensor) -> list[float]:
-    """t as numbers."""
-    assert isinstance(t, Tensor), "t must be a torch.Tensor"
-    if not torch.is_floating_point(t):
-        raise TypeError(f"`t` must be a floating point Tensor but is a {t.type()}")
-    assert t.ndimension() == 1, "t must be one dimensional"
-    times = t.tolist()
-    if not all(a < b for a, b in pairwise(times)):
-        descending = all(a > b for a, b in pairwise(times))
-        assert descending, "t must be strictly increasing or decreasing"
-    return times
-
-
-def warn_unused(solver: str, unused: dict[str, Any]) -> None:
-    """torchdiffeq's warning about options that a method does not have."""
-    for name in ("func", "y0", "rtol", "atol"):
-        if name in unused:
-            raise TypeError(f"{solver}() got multiple values for keyword argument '{name}'")
-    if unused:
-        warnings.warn(f"{solver}: Unexpected arguments {unused}", stacklevel=4)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pycnf.odeint import rounding
+from pycnf.odeint.arguments import warn_unused
 from pycnf.odeint.fixed_grid import problem_call
-from pycnf.odeint.problem import Problem, warn_unused
+from pycnf.odeint.problem import Problem
 from pycnf.odeint.tableau import Tableau
 
 

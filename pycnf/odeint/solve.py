@@ -85,6 +85,13 @@ SOLVERS: dict[str, Method | type] = {
 }
 
 
+def adaptive_methods() -> list[str]:
+    """Names of the methods that pycnf's adaptive solver takes steps of."""
+    return [
+        name for name, each in SOLVERS.items() if getattr(each, "solver", None) is AdaptiveSolver
+    ]
+
+
 def make_solver(
     problem: Problem, tape: list | None = None
 ) -> AdaptiveSolver | FixedGridSolver | ScipySolver | UserSolver:

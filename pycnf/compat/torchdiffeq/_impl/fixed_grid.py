@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from pycnf.compat.torchdiffeq._impl.misc import Perturb
 from pycnf.compat.torchdiffeq._impl.rk_common import (
+    first_slope,
     rk2_step_func,
     rk3_step_func,
     rk4_alt_step_func,
@@ -18,10 +18,6 @@ from pycnf.odeint.tableau import TABLEAUX
 __all__ = ["RK4", "Euler", "Heun2", "Heun3", "Midpoint"]
 
 Step = tuple[Tensor, Tensor]
-
-
-def _start(solver: FixedGridODESolver, func: Callable, t0: Tensor, y0: Tensor) -> Tensor:
-    return func(t0, y0, perturb=Perturb.NEXT if solver.perturb else Perturb.NONE)
 
 
 def _rows(name: str) -> list[list[float]]:
@@ -36,7 +32,7 @@ class Euler(FixedGridODESolver):
     order = 1
 
     def _step_func(self, func: Callable, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> Step:
-        f0 = _start(self, func, t0, y0)
+        f0 = first_slope(func, t0, y0, self.perturb)
         return dt * f0, f0
 
 
@@ -46,7 +42,7 @@ class Midpoint(FixedGridODESolver):
     order = 2
 
     def _step_func(self, func: Callable, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> Step:
-        f0 = _start(self, func, t0, y0)
+        f0 = first_slope(func, t0, y0, self.perturb)
         return dt * func(t0 + 0.5 * dt, y0 + f0 * (0.5 * dt)), f0
 
 
@@ -56,7 +52,7 @@ class RK4(FixedGridODESolver):
     order = 4
 
     def _step_func(self, func: Callable, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> Step:
-        f0 = _start(self, func, t0, y0)
+        f0 = first_slope(func, t0, y0, self.perturb)
         return rk4_alt_step_func(func, t0, dt, t1, y0, f0=f0, perturb=self.perturb), f0
 
 
@@ -66,7 +62,7 @@ class Heun3(FixedGridODESolver):
     order = 3
 
     def _step_func(self, func: Callable, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> Step:
-        f0 = _start(self, func, t0, y0)
+        f0 = first_slope(func, t0, y0, self.perturb)
         change = rk3_step_func(
             func, t0, dt, t1, y0, butcher_tableu=_rows("heun3"), f0=f0, perturb=self.perturb
         )
@@ -79,7 +75,7 @@ class Heun2(FixedGridODESolver):
     order = 2
 
     def _step_func(self, func: Callable, t0: Tensor, dt: Tensor, t1: Tensor, y0: Tensor) -> Step:
-        f0 = _start(self, func, t0, y0)
+        f0 = first_slope(func, t0, y0, self.perturb)
         change = rk2_step_func(
             func, t0, dt, t1, y0, butcher_tableu=_rows("heun2"), f0=f0, perturb=self.perturb
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from pycnf.odeint.user_solver import (
     user_field,
     user_options,
 )
+from pycnf.warn import warn
 
 __all__ = [
     "Perturb",
@@ -150,9 +150,7 @@ def _flat_to_shape(tensor: Tensor, length: Sequence[int], shapes: Sequence[Size]
 
 def _handle_unused_kwargs(solver: Any, unused_kwargs: dict[str, Any]) -> None:
     if unused_kwargs:
-        warnings.warn(
-            f"{type(solver).__name__}: Unexpected arguments {unused_kwargs}", stacklevel=2
-        )
+        warn(f"{type(solver).__name__}: Unexpected arguments {unused_kwargs}")
 
 
 def _decreasing(t: Tensor) -> Tensor:

@@ -117,7 +117,8 @@ def _runge_kutta_step(
     return y, k[-1], (slopes * (dt * tableau.c_error)).sum(-1), slopes
 
 
-def _first_slope(func: Callable, t0: Tensor, y0: Tensor, perturb: bool) -> Tensor:
+def first_slope(func: Callable, t0: Tensor, y0: Tensor, perturb: bool) -> Tensor:
+    """The field at the start of a step, just after it if times are perturbed."""
     return func(t0, y0, perturb=Perturb.NEXT if perturb else Perturb.NONE)
 
 
@@ -131,7 +132,7 @@ def rk4_step_func(
     perturb: bool = False,
 ) -> Tensor:
     """The change of y0 over a step of the classical Runge-Kutta method."""
-    k1 = _first_slope(func, t0, y0, perturb) if f0 is None else f0
+    k1 = first_slope(func, t0, y0, perturb) if f0 is None else f0
     half = dt * 0.5
     k2 = func(t0 + half, y0 + half * k1)
     k3 = func(t0 + half, y0 + half * k2)
@@ -149,7 +150,7 @@ def rk4_alt_step_func(
     perturb: bool = False,
 ) -> Tensor:
     """The change of y0 over a step of Kutta's 3/8 rule."""
-    k1 = _first_slope(func, t0, y0, perturb) if f0 is None else f0
+    k1 = first_slope(func, t0, y0, perturb) if f0 is None else f0
     k2 = func(t0 + dt * (1 / 3), y0 + dt * k1 * (1 / 3))
     k3 = func(t0 + dt * (2 / 3), y0 + dt * (k2 - k1 * (1 / 3)))
     k4 = func(t1, y0 + dt * (k1 - k2 + k3), perturb=Perturb.PREV if perturb else Perturb.NONE)
@@ -168,7 +169,7 @@ def rk3_step_func(
 ) -> Tensor:
     """The change of y0 over a step of three stages; rows (c, *a) of the tableau, then (0, *b)."""
     _, (c2, a21, *_), (c3, a31, a32, *_), (_, b1, b2, b3) = butcher_tableu
-    k1 = _first_slope(func, t0, y0, perturb) if f0 is None else f0
+    k1 = first_slope(func, t0, y0, perturb) if f0 is None else f0
     k2 = func(t0 + dt * c2, y0 + dt * k1 * a21)
     k3 = func(t0 + dt * c3, y0 + dt * (k1 * a31 + k2 * a32))
     return dt * (k1 * b1 + k2 * b2 + k3 * b3)
@@ -186,7 +187,7 @@ def rk2_step_func(
 ) -> Tensor:
     """The change of y0 over a step of two stages; rows (c, *a) of the tableau, then (0, *b)."""
     _, (c2, a21, *_), (_, b1, b2) = butcher_tableu
-    k1 = _first_slope(func, t0, y0, perturb) if f0 is None else f0
+    k1 = first_slope(func, t0, y0, perturb) if f0 is None else f0
     side = Perturb.PREV if perturb else Perturb.NONE
     k2 = func(t0 + dt * c2, y0 + dt * k1 * a21, perturb=side)
     return dt * (k1 * b1 + k2 * b2)

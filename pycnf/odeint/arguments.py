@@ -1,0 +1,140 @@
+"""What users pass, looked at piece by piece: each function gives a value the form that solvers use,
+or an error that names it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from pycnf.warn import warn
+
+
+def options_copy(name: str, options: Any) -> dict[str, Any]:
+    """Options as a dict that may be edited; None is none."""
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(f"{name} must be a dict, got {type(options).__name__}")
+    return dict(options)
+
+
+def number(name: str, value: Any) -> float:
+    """A value as one Python number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number, got {_shown(value)}") from None
+
+
+def count(name: str, value: Any) -> int:
+    """A value as a whole number."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name} must be a whole number, got {_shown(value)}") from None
+
+
+def check_step_size(value: Any) -> None:
+    """Refuses a step size that makes no grid."""
+    size = number("step_size", value)
+    if not 0 < size < math.inf:
+        raise ValueError(f"step_size must be positive and finite, got {size}")
+
+
+def numbers(name: str, value: Any, dtype: torch.dtype, device: Any = None) -> Tensor:
+    """A value as a tensor of numbers, with its graph."""
+    try:
+        return torch.as_tensor(value, dtype=dtype, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number or a tensor, got {_shown(value)}") from None
+
+
+def _shown(value: Any) -> str:
+    """A value in an error, by its shape if it is a tensor."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return repr(value)
+
+
+def check_function(name: str, value: Any) -> None:
+    """Refuses what cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {value!r}")
+
+
+def state_parts(y0: Any) -> tuple[Tensor, ...]:
+    """The tensors of a state, one or a tuple of them."""
+    assert isinstance(y0, Tensor | tuple), "y0 must be either a torch.Tensor or a tuple"
+    parts = (y0,) if isinstance(y0, Tensor) else y0
+    if not parts:
+        raise ValueError("y0 must have at least one part, got an empty tuple")
+    for i, part in enumerate(parts):
+        if not isinstance(part, Tensor):
+            raise TypeError(f"y0 must be a tuple of tensors, got {part!r} in place {i}")
+    return parts
+
+
+def parameters(name: str, given: Any) -> tuple[Tensor, ...]:
+    """Parameters, given by any iterable, as a tuple."""
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be an iterable of tensors, got {given!r}")
+    given = tuple(given)
+    for i, each in enumerate(given):
+        if not isinstance(each, Tensor):
+            raise TypeError(f"{name} must be tensors, got {each!r} in place {i}")
+    return given
+
+
+def tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:
+    """A tolerance per part, spread over the values of the state; anything not iterable is left
+    alone.
+    """
+    if isinstance(tolerance, str):
+        raise TypeError(f"{name} must be a number or a tensor, got {tolerance!r}")
+    try:
+        iter(tolerance)
+    except TypeError:
+        return tolerance
+    tolerance = tuple(tolerance)
+    assert len(tolerance) == len(shapes), (
+        f"If using tupled {name} it must have the same length as the tuple y0"
+    )
+    return torch.cat(
+        [torch.as_tensor(each).expand(shape.numel()) for each, shape in zip(tolerance, shapes)]
+    )
+
+
+def output_times(t: Any) -> list[float]:
+    """Times [T] as numbers, in the order given."""
+    assert isinstance(t, Tensor), "t must be a torch.Tensor"
+    if not torch.is_floating_point(t):
+        raise TypeError(f"`t` must be a floating point Tensor but is a {t.type()}")
+    assert t.ndimension() == 1, "t must be one dimensional"
+    times = t.tolist()
+    if not times:
+        raise IndexError("t must have at least the initial time, got no time")
+    if not all(a < b for a, b in pairwise(times)):
+        descending = all(a > b for a, b in pairwise(times))
+        assert descending, "t must be strictly increasing or decreasing"
+    return times
+
+
+def check_finite_times(first: float, last: float) -> None:
+    """Refuses an interval that no number of steps would cross."""
+    if not (math.isfinite(first) and math.isfinite(last)):
+        raise ValueError(f"t must be finite, got times from {first} to {last}")
+
+
+def warn_unused(solver: str, unused: dict[str, Any]) -> None:
+    """torchdiffeq's warning about options that a method does not have."""
+    for name in ("func", "y0", "rtol", "atol"):
+        if name in unused:
+            raise TypeError(f"{solver}() got multiple values for keyword argument '{name}'")
+    if unused:
+        warn(f"{solver}: Unexpected arguments {unused}")
