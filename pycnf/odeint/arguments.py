@@ -43,11 +43,11 @@ def count(name: str, value: Any) -> int:
 def check_step_size(value: Any) -> None:
     """Refuses a step size that makes no grid."""
     size = number("step_size", value)
-    if not 0 < size < math.inf:
-        raise ValueError(f"step_size must be positive and finite, got {size}")
+    if not size > 0:
+        raise ValueError(f"step_size must be positive, got {size}")
 
 
-def numbers(name: str, value: Any, dtype: torch.dtype, device: Any = None) -> Tensor:
+def numbers(name: str, value: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
     """A value as a tensor of numbers, with its graph."""
     try:
         return torch.as_tensor(value, dtype=dtype, device=device)
@@ -95,8 +95,6 @@ def tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:
     """A tolerance per part, spread over the values of the state; anything not iterable is left
     alone.
     """
-    if isinstance(tolerance, str):
-        raise TypeError(f"{name} must be a number or a tensor, got {tolerance!r}")
     try:
         iter(tolerance)
     except TypeError:
@@ -105,9 +103,8 @@ def tuple_tolerance(name: str, tolerance: Any, shapes: list[Size]) -> Any:
     assert len(tolerance) == len(shapes), (
         f"If using tupled {name} it must have the same length as the tuple y0"
     )
-    return torch.cat(
-        [torch.as_tensor(each).expand(shape.numel()) for each, shape in zip(tolerance, shapes)]
-    )
+    each = [numbers(name, value) for value in tolerance]
+    return torch.cat([value.expand(shape.numel()) for value, shape in zip(each, shapes)])
 
 
 def output_times(t: Any) -> list[float]:

@@ -70,8 +70,6 @@ class FixedGridSolver(abc.ABC):
         warn_unused(name, unused)
         if step_size is not None and grid_constructor is not None:
             raise ValueError("step_size and grid_constructor are mutually exclusive arguments.")
-        if step_size is not None:
-            check_step_size(step_size)
         self.problem, self.tableau, self.tape = problem, tableau, tape
         self.atol = problem.atol  # of an event's time
         self.step_size, self.grid_constructor = step_size, grid_constructor
@@ -82,6 +80,8 @@ class FixedGridSolver(abc.ABC):
         """The times between which steps are taken, ascending, with their graph."""
         problem = self.problem
         if self.step_size is not None:
+            if len(s) > 1:
+                check_step_size(self.step_size)
             first, last = s[0], s[-1]
             count = torch.ceil((last - first) / self.step_size + 1).item()
             grid = torch.arange(0, count, dtype=s.dtype, device=s.device) * self.step_size + first
@@ -89,6 +89,8 @@ class FixedGridSolver(abc.ABC):
         if self.grid_constructor is None:
             return s
         grid = self.grid_constructor(self._field, problem.y0, problem.sign * s)
+        if len(s) == 1 and isinstance(grid, list | tuple):
+            grid = torch.as_tensor(grid)  # as torchdiffeq, which takes no step from it
         if not isinstance(grid, Tensor) or grid.dim() != 1:
             got = tuple(grid.shape) if isinstance(grid, Tensor) else type(grid).__name__
             raise TypeError(f"grid_constructor must return a tensor of times [T], got {got}")
