@@ -556,10 +556,6 @@ RUBBISH = {
     "t": (
         lambda: call(pycnf, t=INF), ValueError, "t must be finite, got times from 0.0 to inf"
     ),
-    "t on a grid": (
-        lambda: call(pycnf, t=-INF, method="rk4"),
-        ValueError, "t must be finite, got times from -0.0 to -inf",
-    ),
     "options": (
         lambda: call(pycnf, options=["dtype"]), TypeError, "options must be a dict, got list"
     ),

@@ -865,6 +865,15 @@ def test_perturb_by_anything_true(method):
     assert_close(mine.ys, theirs.ys, 1e-9, 1e-9)
 
 
+@pytest.mark.parametrize("method", ["rk4", "explicit_adams"])
+def test_infinite_step_starts_at_its_start(method):
+    """The first slope of a step of any size is taken where it starts."""
+    t = double(0.5, float("inf"))
+    mine, theirs = both_record(lambda t, y: -y, double(1.0, 2.0), t, method=method)
+    assert mine.times[0] == theirs.times[0] == 0.5
+    assert mine.nfe == theirs.nfe
+
+
 def test_complex_state_with_a_norm_warns_of_nothing():
     """PyTorch warns where a complex number is cast to a real one."""
     y0 = torch.tensor([1 + 0.5j, -0.3j], dtype=torch.complex128)

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from pycnf import reference
 from pycnf.odeint import rounding
-from pycnf.odeint.arguments import check_function, count, number, numbers, warn_unused
+from pycnf.odeint.arguments import (
+    check_finite_times,
+    check_function,
+    count,
+    number,
+    numbers,
+    warn_unused,
+)
 from pycnf.odeint.problem import Problem
 from pycnf.odeint.step_times import StepTimes
 from pycnf.odeint.stepper import Rows, differentiable_quartic, differentiable_step
@@ -171,6 +178,7 @@ class AdaptiveSolver:
         """States at the output times, [T, *y0.shape]."""
         times = self.problem.s.to(self.dtype)
         values = times.tolist()
+        check_finite_times(values[0], values[-1])
         y0 = self.problem.y0
         solution = torch.empty((len(values), *y0.shape), dtype=y0.dtype, device=y0.device)
         graph = y0.requires_grad and torch.is_grad_enabled()

@@ -16,7 +16,6 @@ import torch
 from torch import Size, Tensor
 
 from pycnf.odeint.arguments import (
-    check_finite_times,
     check_function,
     options_copy,
     output_times,
@@ -177,8 +176,6 @@ def make_problem(
         raise ValueError(f'Invalid method "{method}". Must be one of {names}.')
     norm = options.pop("norm", norm)
     times = output_times(t)
-    if event_fn is None:
-        check_finite_times(times[0], times[-1])
     sign = -1 if len(times) > 1 and times[0] > times[1] else 1
     s = t
     if sign < 0:
