@@ -21,6 +21,8 @@ class TableauDict(TypedDict):
 torch_version: str
 torch_cuda: str
 with_cuda: bool
+attempt_fields: list[str]
+report_numbers: int
 
 def tableaux() -> list[TableauDict]: ...
 def instruction_set() -> str: ...

@@ -23,6 +23,12 @@ OPS = (
     "rk_interpolate",
     "rk_initial_norms",
     "rk_combine",
+    "attempt_begin",
+    "attempt_first_step",
+    "attempt_decide",
+    "attempt_advance",
+    "attempt_stage",
+    "attempt_finish",
     "broyden_step",
     "time_tensors",
     "probe_keys",
@@ -40,8 +46,9 @@ OPS = (
     "mlp_value_divergence_backward",
     "mlp_value_jvp_backward",
 )
-# Elsewhere a flow runs on the generic engine and a field on `pycnf.nn`, which are their reference.
-WITHOUT_REFERENCE = tuple(name for name in OPS if name.startswith("mlp_"))
+# Elsewhere a flow runs on the generic engine and a field on `pycnf.nn`, which are their reference;
+# that of attempts is the adaptive solver itself.
+WITHOUT_REFERENCE = tuple(name for name in OPS if name.startswith(("mlp_", "attempt_")))
 
 _compiled = SimpleNamespace(**{name: getattr(torch.ops.pycnf, name).default for name in OPS})
 # The ops of the inner loop have bindings of their own, past the dispatcher's boxing of arguments.
@@ -147,6 +154,20 @@ def _(y0: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return y0.new_empty(2, dtype=torch.float64)
 
 
+@register_fake("pycnf::attempt_stage")
+def _(y0: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(y0)
+
+
+@register_fake("pycnf::attempt_finish")
+def _(y0: Tensor, *args: Any) -> Tensor:
+    return y0.new_empty(2, dtype=torch.float64)
+
+
+@register_fake("pycnf::attempt_begin")
+@register_fake("pycnf::attempt_first_step")
+@register_fake("pycnf::attempt_decide")
+@register_fake("pycnf::attempt_advance")
 @register_fake("pycnf::rk_interpolate")
 def _(*args: Any) -> None:
     return None

@@ -7,14 +7,14 @@
 
 namespace pycnf {
 
-// Derivative rows of one step with their weights, already multiplied by the step size in the
-// state's dtype.
+// Derivative rows of one step with their weights, multiplied by the step size in the state's dtype.
 template <typename T>
 struct WeightedRows {
   const T* rows[kMaxStages];  // each [N]
   T weights[kMaxStages];
   int count;
-  bool ordered;  // summed in the order of the rows, not in that of rk.h
+  bool ordered;    // summed in the order of the rows, not in that of rk.h
+  const T* scale;  // on a GPU: the step size in device memory, if the weights are still without it
 };
 
 // out = y0 + sum of weighted rows. When `fresh` is set, the newest row (rows[count - 1]) has not

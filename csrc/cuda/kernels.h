@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "core/attempt.h"
 #include "core/params.h"
 
 namespace pycnf {
@@ -69,6 +70,30 @@ cudaError_t launch_initial(const InitialParams<T>& p, const NormLayout& layout,
                            NormPartial* partials,  // [ranges]
                            double* result,         // [2]
                            cudaStream_t stream);
+
+// Settles what core/attempt.h says. norms: [2] in device memory, or null.
+template <typename Time, typename State>
+cudaError_t launch_control(Moment moment, const AttemptPlan<State>& plan, const double* norms,
+                           cudaStream_t stream);
+
+// What follows an accepted step: its output times to `solution`, y1 to y, the last row of k to the
+// first; nothing after another.
+template <typename T>
+struct AdvanceParams {
+  const Attempt* attempt;
+  const double* outputs;
+  T* y;               // [N]
+  const T* y1;        // [N]
+  T* first_row;       // [N]
+  const T* last_row;  // [N]
+  WeightedRows<T> middle;
+  const T* h;   // of the accepted step
+  T* solution;  // [outputs, N]
+  int64_t size;
+};
+
+template <typename Time, typename State>
+cudaError_t launch_advance(const AdvanceParams<State>& p, cudaStream_t stream);
 
 // p.x is host memory: the points travel as arguments.
 template <typename T>

@@ -14,7 +14,8 @@ template <typename T, int kSums>
 struct PackedRows {
   const T* row[kMaxStages];
   T weight[kSums][kMaxStages];
-  uint32_t ends;  // bit j: row j is the last of its group
+  const T* scale;  // of all weights, in device memory, or null
+  uint32_t ends;   // bit j: row j is the last of its group
   int count;
 };
 
@@ -24,6 +25,7 @@ template <typename T, int kSums>
 PackedRows<T, kSums> pack_rows(const WeightedRows<T>* const (&sums)[kSums], const T* fresh,
                                const T* fresh_row) {
   PackedRows<T, kSums> packed = {};
+  packed.scale = sums[0]->scale;
   const int terms = sums[0]->count;
   for (int group = 0; group < kSumGroups; ++group) {
     const int before = packed.count;
@@ -58,6 +60,7 @@ __device__ inline void weighted_sums(const PackedRows<T, kSums>& rows, int64_t i
   constexpr T kNothing = T(-0.);
   // Loads of several rows are on their way before the first is used.
   constexpr int kInFlight = 4;
+  const T scale = rows.scale == nullptr ? T(1) : *rows.scale;
   Group<T, kWidth> partial[kSums];
 #pragma unroll
   for (int s = 0; s < kSums; ++s) partial[s] = total[s] = filled<T, kWidth>(kNothing);
@@ -72,8 +75,8 @@ __device__ inline void weighted_sums(const PackedRows<T, kSums>& rows, int64_t i
       if (j + u >= rows.count) continue;
 #pragma unroll
       for (int s = 0; s < kSums; ++s) {
-        const T weight = rows.weight[s][j + u];
-        if (kSums > 1 && weight == T(0)) continue;  // the other sum wants this row
+        if (kSums > 1 && rows.weight[s][j + u] == T(0)) continue;  // the other sum wants this row
+        const T weight = rows.weight[s][j + u] * scale;
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) partial[s].value[e] += row[u].value[e] * weight;
       }

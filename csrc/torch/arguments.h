@@ -25,6 +25,14 @@ inline void check_like(const at::Tensor& x, const at::Tensor& y0, const char* na
       ", ", y0.device(), "), got ", x.numel(), " values, ", x.scalar_type(), ", ", x.device());
 }
 
+// A step size in memory where the state is.
+inline void check_step(const at::Tensor& h, const at::Tensor& y0) {
+  TORCH_CHECK(h.numel() >= 1 && h.scalar_type() == y0.scalar_type() && h.device() == y0.device() &&
+                  h.is_contiguous(),
+              "h must be [1] of y0's dtype and device, got ", h.scalar_type(), " ", h.sizes(),
+              " on ", h.device());
+}
+
 // The rows of one step.
 struct Rows {
   at::Tensor k;

@@ -11,6 +11,7 @@
 #include <chrono>
 #include <vector>
 
+#include "core/attempt.h"
 #include "core/tableau.h"
 #include "torch/cpu_kernels.h"
 #include "torch/find_op.h"
@@ -140,6 +141,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return pycnf::cpu_kernels_of_this_machine().instruction_set; });
 
   m.def("parallel_info", [] { return at::get_parallel_info(); });
+
+  py::list fields;
+  for (const char* field : pycnf::kAttemptFields) fields.append(field);
+  m.attr("attempt_fields") = fields;
+  m.attr("report_numbers") = pycnf::kReportNumbers;
 
   m.attr("torch_version") = PYCNF_TORCH_VERSION;
   m.attr("torch_cuda") = PYCNF_TORCH_CUDA;

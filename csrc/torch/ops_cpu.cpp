@@ -72,6 +72,24 @@ at::Tensor rk_finish_cpu(const at::Tensor& y0, const at::Tensor& k, bool flip, a
   return pair_of(largest_rms(ranges, partials, segments)[0], nonfinite == 0 ? 1. : 0.);
 }
 
+double value_of(const at::Tensor& h, const at::Tensor& y0) {
+  check_step(h, y0);
+  return h.reshape({-1})[0].item<double>();
+}
+
+at::Tensor attempt_stage_cpu(const at::Tensor& y0, const at::Tensor& k, at::TensorList fresh,
+                           at::ArrayRef<double> weights, const at::Tensor& h) {
+  return rk_stage_cpu(y0, k, /*flip=*/false, fresh, weights, value_of(h, y0));
+}
+
+at::Tensor attempt_finish_cpu(const at::Tensor& y0, const at::Tensor& k, at::TensorList fresh,
+                            const at::Tensor& y1, at::ArrayRef<double> solution,
+                            at::ArrayRef<double> error, const at::Tensor& h, const at::Tensor& rtol,
+                            const at::Tensor& atol, at::IntArrayRef segments) {
+  return rk_finish_cpu(y0, k, /*flip=*/false, fresh, y1, solution, error, value_of(h, y0), rtol,
+                       atol, segments, std::nullopt);
+}
+
 void rk_interpolate_cpu(const at::Tensor& y0, const at::Tensor& y1, const at::Tensor& k, bool flip,
                         at::ArrayRef<double> middle, double h, at::ArrayRef<double> x,
                         const at::Tensor& out) {
@@ -194,6 +212,8 @@ TORCH_LIBRARY_IMPL(pycnf, CompositeExplicitAutograd, m) { m.impl("time_tensors",
 TORCH_LIBRARY_IMPL(pycnf, CPU, m) {
   m.impl("rk_stage", rk_stage_cpu);
   m.impl("rk_finish", rk_finish_cpu);
+  m.impl("attempt_stage", attempt_stage_cpu);
+  m.impl("attempt_finish", attempt_finish_cpu);
   m.impl("rk_interpolate", rk_interpolate_cpu);
   m.impl("rk_initial_norms", rk_initial_norms_cpu);
   m.impl("rk_combine", rk_combine_cpu);

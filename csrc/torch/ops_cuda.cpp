@@ -11,6 +11,7 @@
 
 #include "cuda/kernels.h"
 #include "torch/arguments.h"
+#include "torch/attempt_plan.h"
 #include "torch/find_op.h"
 
 namespace pycnf {
@@ -102,6 +103,111 @@ at::Tensor rk_finish_cuda(const at::Tensor& y0, const at::Tensor& k, bool flip,
                                  current_stream()));
   });
   return norm.result;
+}
+
+// ---- steps that the device chooses ---------------------------------------------------------------
+
+at::Tensor attempt_stage_cuda(const at::Tensor& y0, const at::Tensor& k, at::TensorList fresh,
+                              at::ArrayRef<double> weights, const at::Tensor& h) {
+  check_cuda(y0, "y0");
+  check_state(y0, "y0");
+  check_step(h, y0);
+  const Rows rows(k, y0, /*flip=*/false);
+  TORCH_CHECK(!weights.empty(), "weights must not be empty");
+  const CUDAGuard guard(y0.device());
+  auto out = at::empty_like(y0);
+  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "attempt_stage", [&] {
+    auto p = stage_params<scalar_t>(y0, rows, fresh, weights, 1., out);
+    p.terms.scale = h.const_data_ptr<scalar_t>();
+    C10_CUDA_CHECK(launch_stage(p, y0.numel(), current_stream()));
+  });
+  return out;
+}
+
+at::Tensor attempt_finish_cuda(const at::Tensor& y0, const at::Tensor& k, at::TensorList fresh,
+                               const at::Tensor& y1, at::ArrayRef<double> solution,
+                               at::ArrayRef<double> error, const at::Tensor& h,
+                               const at::Tensor& rtol, const at::Tensor& atol,
+                               at::IntArrayRef segments) {
+  check_cuda(y0, "y0");
+  check_state(y0, "y0");
+  check_like(y1, y0, "y1");
+  check_step(h, y0);
+  const Rows rows(k, y0, /*flip=*/false);
+  const CUDAGuard guard(y0.device());
+  auto norm = prepare_norm(segments, y0);
+  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "attempt_finish", [&] {
+    auto p = finish_params<scalar_t>(y0, rows, fresh, y1, solution, error, 1., rtol, atol, {});
+    p.solution.scale = p.error.scale = h.const_data_ptr<scalar_t>();
+    C10_CUDA_CHECK(launch_finish(p, norm.layout, norm.partials(), norm.result.data_ptr<double>(),
+                                 current_stream()));
+  });
+  return norm.result;
+}
+
+// Pinned memory of the host as the device sees it.
+double* on_device(const at::Tensor& report) {
+  void* pointer = nullptr;
+  C10_CUDA_CHECK(cudaHostGetDevicePointer(&pointer, report.data_ptr<double>(), 0));
+  return static_cast<double*>(pointer);
+}
+
+void control_cuda(Moment moment, at::TensorList tensors, const std::optional<at::Tensor>& norms,
+                  at::ArrayRef<double> rule, at::ArrayRef<double> nodes, at::ScalarType time) {
+  const PlanTensors plan(tensors);
+  check_cuda(plan.attempt, "attempt");
+  if (norms.has_value()) {
+    check_norms(*norms);
+    check_cuda(*norms, "norms");
+  }
+  const CUDAGuard guard(plan.attempt.device());
+  with_types(time, plan.times.scalar_type(), [&](auto time_number, auto state_number) {
+    using State = decltype(state_number);
+    const auto p = attempt_plan<State>(plan, rule, nodes, on_device(plan.report));
+    const auto* norm = norms.has_value() ? norms->const_data_ptr<double>() : nullptr;
+    C10_CUDA_CHECK(launch_control<decltype(time_number)>(moment, p, norm, current_stream()));
+  });
+}
+
+void attempt_begin_cuda(at::TensorList plan, const at::Tensor& norms, at::ArrayRef<double> rule,
+                        at::ArrayRef<double> nodes, at::ScalarType time) {
+  control_cuda(Moment::kBegin, plan, norms, rule, nodes, time);
+}
+
+void attempt_first_step_cuda(at::TensorList plan, const std::optional<at::Tensor>& norms,
+                             at::ArrayRef<double> rule, at::ArrayRef<double> nodes,
+                             at::ScalarType time) {
+  control_cuda(Moment::kFirstStep, plan, norms, rule, nodes, time);
+}
+
+void attempt_decide_cuda(at::TensorList plan, const at::Tensor& norms, at::ArrayRef<double> rule,
+                         at::ArrayRef<double> nodes, at::ScalarType time) {
+  control_cuda(Moment::kDecide, plan, norms, rule, nodes, time);
+}
+
+void attempt_advance_cuda(at::TensorList tensors, const at::Tensor& y, const at::Tensor& y1,
+                          const at::Tensor& k, at::ArrayRef<double> middle,
+                          const at::Tensor& solution, at::ScalarType time) {
+  const PlanTensors plan(tensors);
+  check_cuda(y, "y");
+  check_advance(plan, y, y1, solution);
+  const Rows rows(k, y, /*flip=*/false);
+  const CUDAGuard guard(y.device());
+  with_types(time, y.scalar_type(), [&](auto time_number, auto state_number) {
+    using State = decltype(state_number);
+    AdvanceParams<State> p = {};
+    p.attempt = reinterpret_cast<const Attempt*>(plan.attempt.const_data_ptr<double>());
+    p.outputs = plan.outputs.const_data_ptr<double>();
+    p.y = y.data_ptr<State>();
+    p.y1 = y1.const_data_ptr<State>();
+    p.first_row = rows.row<State>(0);
+    p.last_row = rows.row<State>(rows.stages() - 1);
+    p.middle = rows.weighted<State>(middle, 1.);
+    p.h = p.middle.scale = plan.h.const_data_ptr<State>() + 1;
+    p.solution = solution.data_ptr<State>();
+    p.size = y.numel();
+    C10_CUDA_CHECK(launch_advance<decltype(time_number)>(p, current_stream()));
+  });
 }
 
 void rk_interpolate_cuda(const at::Tensor& y0, const at::Tensor& y1, const at::Tensor& k, bool flip,
@@ -213,6 +319,12 @@ TORCH_LIBRARY_IMPL(pycnf, BackendSelect, m) { m.impl("time_tensors", time_tensor
 TORCH_LIBRARY_IMPL(pycnf, CUDA, m) {
   m.impl("rk_stage", rk_stage_cuda);
   m.impl("rk_finish", rk_finish_cuda);
+  m.impl("attempt_stage", attempt_stage_cuda);
+  m.impl("attempt_finish", attempt_finish_cuda);
+  m.impl("attempt_begin", attempt_begin_cuda);
+  m.impl("attempt_first_step", attempt_first_step_cuda);
+  m.impl("attempt_decide", attempt_decide_cuda);
+  m.impl("attempt_advance", attempt_advance_cuda);
   m.impl("rk_interpolate", rk_interpolate_cuda);
   m.impl("rk_initial_norms", rk_initial_norms_cuda);
   m.impl("rk_combine", rk_combine_cuda);

@@ -38,6 +38,45 @@ TORCH_LIBRARY(pycnf, m) {
       "rk_initial_norms(Tensor y0, Tensor f0, Tensor? f1, Tensor rtol, Tensor atol, "
       "int[] segments) -> Tensor");
 
+  // ---- steps that are chosen where the state is (core/attempt.h), so that no host waits ----------
+  //
+  // `plan`: attempt f64 (kAttemptFields), times [stages] and h [2] in the state's dtype, output times
+  // and prescribed stops in ascending time, f64; and a report f64 in (pinned) memory of the host,
+  // kept up to date while the solve runs. `rule`: see torch/attempt_plan.h; `nodes`: the tableau's
+  // c. An attempt is attempt_stage for every stage, attempt_finish, attempt_decide and
+  // attempt_advance; one that comes too late does nothing.
+
+  // The trial step of the choice of the first, from rk_initial_norms; the time to evaluate f at is
+  // times[0], the step h[0].
+  m.def(
+      "attempt_begin(Tensor(a!)[] plan, Tensor norms, float[] rule, float[] nodes, "
+      "ScalarType time_dtype) -> ()");
+
+  // The first step, from the norms of the difference of both derivatives, or, without, from the size
+  // in `attempt`; then the first attempt.
+  m.def(
+      "attempt_first_step(Tensor(a!)[] plan, Tensor? norms, float[] rule, float[] nodes, "
+      "ScalarType time_dtype) -> ()");
+
+  // Accepts or rejects by what rk_finish returned, and prepares the next attempt.
+  m.def(
+      "attempt_decide(Tensor(a!)[] plan, Tensor norms, float[] rule, float[] nodes, "
+      "ScalarType time_dtype) -> ()");
+
+  // After an accepted step: its output times to solution [T, N], y1 to y, the last row of k to the
+  // first.
+  m.def(
+      "attempt_advance(Tensor[] plan, Tensor(a!) y, Tensor y1, Tensor(b!) k, float[] middle, "
+      "Tensor(c!) solution, ScalarType time_dtype) -> ()");
+
+  // rk_stage and rk_finish with h [1] in memory where the state is; the rows do not change places.
+  m.def(
+      "attempt_stage(Tensor y0, Tensor(a!) k, Tensor[] fresh, float[] weights, Tensor h) -> "
+      "Tensor");
+  m.def(
+      "attempt_finish(Tensor y0, Tensor(a!) k, Tensor[] fresh, Tensor(b!) y1, float[] solution, "
+      "float[] error, Tensor h, Tensor rtol, Tensor atol, int[] segments) -> Tensor");
+
   // y + h * sum of weights * k with gradients to y, k and, where it is given, h_graph, a 0-dim
   // tensor equal to h. `ordered`: summed in the order of k, not in that of core/rk.h.
   m.def(

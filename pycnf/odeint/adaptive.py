@@ -29,9 +29,11 @@ from pycnf.odeint.arguments import (
     warn_unused,
 )
 from pycnf.odeint.problem import Problem
+from pycnf.odeint.replay import replayed
 from pycnf.odeint.step_times import StepTimes
 from pycnf.odeint.stepper import Rows, differentiable_quartic, differentiable_step
 from pycnf.odeint.tableau import Tableau
+from pycnf.warn import warn
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class AdaptiveSolver:
 
     Args:
         tape: receives every accepted step.
+        cuda_graph: replays a recorded attempt, see `replay`, where that can be done.
         unused: options that the method does not have.
     """
 
@@ -122,6 +125,7 @@ class AdaptiveSolver:
         min_step: float = 0.0,
         max_step: float = math.inf,
         max_num_steps: int = 2**31 - 1,
+        cuda_graph: bool = False,
         **unused: Any,
     ) -> None:
         warn_unused(name, unused)
@@ -144,7 +148,7 @@ class AdaptiveSolver:
             *(self.round(number(*limit)) for limit in limits.items()),
             count("max_num_steps", max_num_steps),
         )
-        self.first_step = first_step
+        self.first_step, self.cuda_graph = first_step, bool(cuda_graph)
         self.given_stops = {"step_t": step_t, "jump_t": jump_t}
         self.stops: dict[str, list[float]] = {}
         self.stop_graphs: dict[str, Sequence[Tensor]] = {}
@@ -176,6 +180,10 @@ class AdaptiveSolver:
 
     def integrate(self) -> Tensor:
         """States at the output times, [T, *y0.shape]."""
+        if self.cuda_graph:
+            self.cuda_graph = False
+            if (solution := replayed(self)) is not None:
+                return solution
         times = self.problem.s.to(self.dtype)
         values = times.tolist()
         check_finite_times(values[0], values[-1])
@@ -211,6 +219,8 @@ class AdaptiveSolver:
 
     def start(self, times: Tensor) -> None:
         """Evaluates the field at times[0] and chooses the first step size."""
+        if self.cuda_graph:
+            warn("cuda_graph: events and dense output look at every step; solved without")
         problem = self.problem
         y0 = problem.y0
         self.s = times[0].item()
@@ -231,9 +241,9 @@ class AdaptiveSolver:
         self.ds = first.item()
         self.ds_graph = first if grad and first.requires_grad else None
         self.finite = bool(torch.isfinite(y0).all())
-        self._sort_stops()
+        self.sort_stops()
 
-    def _sort_stops(self) -> None:
+    def sort_stops(self) -> None:
         """Grid points and discontinuities after the start, ascending, and the next of each."""
         stops, tensors = {}, {}
         for name, given in self.given_stops.items():

@@ -7,6 +7,7 @@ gradient is again a solve: every order at constant memory.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,9 @@ from pycnf.odeint.autocast import autocast_of_now
 from pycnf.odeint.joined import JoinedSolver
 from pycnf.odeint.norms import AdjointNorm, flat_to_shapes
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
+from pycnf.odeint.replay import Borrowed
 from pycnf.odeint.solve import SOLVERS, adaptive_methods, make_solver, solve_without_graph
+from pycnf.odeint.stats import SolveStats
 from pycnf.odeint.until_event import solve_until_event
 
 # Parts of the adjoint state that its field looks at: of a network's parameters there may be many.
@@ -239,6 +242,23 @@ class _AdjointField:
             callback = getattr(problem.func, f"{name}_adjoint", None)
             if callback is not None:
                 setattr(self, name, callback)
+
+    @property
+    def owner(self) -> Callable:
+        """The forward field."""
+        return self.problem.func
+
+    @property
+    def stats(self) -> SolveStats:
+        """Where its evaluations are counted."""
+        return self.problem.stats
+
+    def recorded(self) -> _AdjointField:
+        """The same for a recorded solve, which outlives this one and counts for itself."""
+        field = copy.copy(self)
+        stats = SolveStats(self.problem.method)
+        field.problem = replace(self.problem, func=Borrowed(self.owner), stats=stats)
+        return field
 
     def _time(self, s: Tensor) -> Tensor:
         dtype = rounding.real_dtype(self.problem.y0.dtype)

@@ -45,8 +45,8 @@ class JoinedSolver(AdaptiveSolver):
         self.jumps = [(self.round(s), index) for s, index in stops]
         self.jump, self.jumped = jump, jumped
 
-    def _sort_stops(self) -> None:
-        super()._sort_stops()
+    def sort_stops(self) -> None:
+        super().sort_stops()
         self._land(self.round_state(self.s))
 
     def attempt(self) -> Step | None:
