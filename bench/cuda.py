@@ -181,8 +181,9 @@ def _network_case(device: torch.device, batch: int, adjoint: bool) -> Case:
     return Case(
         f"{what}, dopri5, 16-64-64-64-16 tanh, B={batch}",
         {name: lambda name=name: run(name) for name in _OPTIONS},
-        # The solutions have the tolerance's error; of two adjoint solves a multiple of it.
-        close_to_peer(1e-3 if adjoint else 1e-4, lambda name: {"nfe forward": nfe[name]}),
+        # At equal steps rounding is all. But rounding may flip a step, and then it is tolerances:
+        # atol, beside cotangents of 1e-4, is a hundredth.
+        close_to_peer(1e-2 if adjoint else 1e-4, lambda name: {"nfe forward": nfe[name]}),
         {OURS: 3, CAPTURED: 8} if adjoint else {OURS: 5, CAPTURED: 15},
     )
 
