@@ -351,16 +351,17 @@ def attempted_step(device: torch.device, short: float = 10.0, long: float = 100.
         return [y + 1]  # next to 0, a relative difference says little
 
     def facts(name: str) -> dict:
-        solve(name, short)  # what happens once, happens here
-        counts = [sync_count(lambda end=end: solve(name, end), device) for end in (short, long)]
-        fewer = solve(name, short)[1]
-        each = (counts[1] - counts[0]) / (units[name] - fewer)
+        attempts, syncs = {}, {}
+        for end in times:
+            attempts[end] = solve(name, end)[1]  # what happens once, happens here
+            syncs[end] = sync_count(lambda end=end: solve(name, end), device)
+        each = (syncs[long] - syncs[short]) / (attempts[long] - attempts[short])
         wanted = {OURS: "at most 1", CAPTURED: "0"}
         return {
-            "attempts": units[name],
+            "attempts": attempts[long],
             "syncs an attempt": f"{each:.2f}",
             **({"syncs wanted": wanted[name]} if name in wanted else {}),
-            "syncs beside them": f"{counts[1] - each * units[name]:.0f}",
+            "syncs beside them": f"{syncs[long] - each * attempts[long]:.0f}",
         }
 
     return Case(
