@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.harness import Options, report
 
-_BENCHMARKS = ("field", "overhead", "training", "likelihood", "memory")
+_BENCHMARKS = ("field", "overhead", "training", "likelihood", "memory", "cuda")
 
 
 def main() -> None:

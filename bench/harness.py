@@ -12,7 +12,9 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -69,34 +71,43 @@ class Row:
 
 
 def interleave(
-    contenders: dict[str, Callable[[], object]], rounds: int, seconds: float = 0.2
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    seconds: float = 0.2,
+    wait: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds that a call of each contender takes, round by round.
 
     A round calls each contender often enough to fill about `seconds`, at least once. One unmeasured
     call each goes first, and another before each measurement of a short one: the caches are then
     its own, and the threads of the contender before have gone to sleep.
+
+    `wait` returns when everything that was queued is done: the clock of a GPU's work is read behind
+    it, once for all calls of a round, so that calls may overlap as they do in use.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     lengths = {}
     for name, run in contenders.items():
         run()
-        lengths[name] = max(_time(run, 1), 1e-9)
+        lengths[name] = max(_time(run, 1, wait), 1e-9)
     for _ in range(rounds):
         for name, run in contenders.items():
             if lengths[name] < _LONG:
                 run()
-            times[name].append(_time(run, max(1, int(seconds / lengths[name]))))
+            calls = max(1, int(seconds / lengths[name]))
+            times[name].append(_time(run, calls, wait))
     return times
 
 
-def _time(run: Callable[[], object], calls: int) -> float:
+def _time(run: Callable[[], object], calls: int, wait: Callable[[], object]) -> float:
     gc.collect()
     gc.disable()
     try:
+        wait()
         start = time.perf_counter()
         for _ in range(calls):
             run()
+        wait()
         return (time.perf_counter() - start) / calls
     finally:
         gc.enable()
@@ -149,12 +160,35 @@ def machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pycnf": info["version"],
+        **_gpu(),
         **{
             name: importlib.metadata.version(name)
             for name in PEERS
             if importlib.util.find_spec(name) is not None
         },
     }
+
+
+def _gpu() -> dict[str, str]:
+    """The GPU that torch uses, its driver and CUDA; empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "driver": program_output(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        ),
+    }
+
+
+def program_output(program: str, *arguments: str) -> str:
+    """The last line that a program prints, or why there is none."""
+    if shutil.which(program) is None:
+        return f"{program} not found"
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    return lines[-1] if done.returncode == 0 and lines else f"{program} failed"
 
 
 def time_text(seconds: float) -> str:

@@ -34,7 +34,7 @@ _IMPLICIT = (
 _STEPS = 100
 
 
-class _Decay:
+class Decay:
     """dy/dt = -y, counting its calls."""
 
     def __init__(self) -> None:
@@ -99,12 +99,12 @@ def _step_rows(case: _Case, rounds: int | None) -> list[Row]:
     t = torch.tensor([0.0, case.end])
     solvers = _solvers()
 
-    def solve(name: str, field: _Decay) -> torch.Tensor:
+    def solve(name: str, field: Decay) -> torch.Tensor:
         return solvers[name](field, y0, t, method=case.method, options=case.options, **_TOLERANCES)
 
     results, units, facts = {}, {}, {}
     for name in solvers:
-        field = _Decay()
+        field = Decay()
         results[name] = solve(name, field)[-1]
         units[name] = case.attempts(field.calls)
         facts[name] = {"nfe": field.calls}
@@ -112,7 +112,7 @@ def _step_rows(case: _Case, rounds: int | None) -> list[Row]:
     # What the field itself takes, on both sides: the rest is the solver's.
     times = interleave(
         {
-            **{name: lambda name=name: solve(name, _Decay()) for name in solvers},
+            **{name: lambda name=name: solve(name, Decay()) for name in solvers},
             "the field": lambda: _evaluate(y0, facts[OURS]["nfe"]),
         },
         rounds or 9,
@@ -135,12 +135,12 @@ def _step_rows(case: _Case, rounds: int | None) -> list[Row]:
 
 
 def _evaluate(y: torch.Tensor, calls: int) -> None:
-    field, t = _Decay(), torch.zeros(())
+    field, t = Decay(), torch.zeros(())
     for _ in range(calls):
         field(t, y)
 
 
-class _Network(torch.nn.Module):
+class Network(torch.nn.Module):
     """A field of tanh layers that takes no time."""
 
     def __init__(self, features: int, hidden: int) -> None:
@@ -162,7 +162,7 @@ def _adjoint_rows(outputs: int, rounds: int | None) -> list[Row]:
     import torchdiffeq
 
     torch.manual_seed(0)
-    field = _Network(16, 64)
+    field = Network(16, 64)
     y0 = torch.randn(256, 16)
     t = torch.linspace(0.0, 1.0, outputs)
     solvers = {OURS: pycnf.odeint_adjoint, _PEER: torchdiffeq.odeint_adjoint}
@@ -191,7 +191,7 @@ def _output_rows(rounds: int | None) -> list[Row]:
     import torchdiffeq
 
     torch.manual_seed(0)
-    field = _Network(2, 64)
+    field = Network(2, 64)
     y0 = torch.randn(64, 2)
     few, many = torch.linspace(0.0, 10.0, 2), torch.linspace(0.0, 10.0, 1000)
 

@@ -63,8 +63,8 @@ class TorchdiffeqStep:
 
     def __call__(self) -> list[Tensor]:
         self.field.calls = 0
-        start = (self.x, torch.zeros(self.x.shape[0]))
-        times = torch.tensor([1.0, 0.0])
+        start = (self.x, self.x.new_zeros(self.x.shape[0]))
+        times = self.x.new_tensor([1.0, 0.0])
         z, change = self.solve(
             self.field, start, times, rtol=self.tolerance, atol=self.tolerance, method="dopri5"
         )

@@ -88,12 +88,24 @@ _CASES = (
 )
 
 
-class _OurStep:
+class OurStep:
     """A step by `pycnf.CNF`."""
 
-    def __init__(self, field: pycnf.nn.MLP, x: Tensor, probe: Tensor, engine: str) -> None:
+    def __init__(
+        self,
+        field: pycnf.nn.MLP,
+        x: Tensor,
+        probe: Tensor,
+        engine: str,
+        options: dict | None = None,
+    ) -> None:
         self.flow = pycnf.CNF(
-            field, method=_METHOD, rtol=_TOLERANCE, atol=_TOLERANCE, engine=engine
+            field,
+            method=_METHOD,
+            rtol=_TOLERANCE,
+            atol=_TOLERANCE,
+            options=options,
+            engine=engine,
         )
         self.x, self.probe = x, probe.unsqueeze(0)
 
@@ -104,8 +116,8 @@ class _OurStep:
 
 def _contenders(case: _Case, field: pycnf.nn.MLP, x: Tensor, probe: Tensor) -> dict[str, Callable]:
     makers = {
-        OURS: lambda: _OurStep(field, x, probe, "fused"),
-        _GENERIC: lambda: _OurStep(field, x, probe, "generic"),
+        OURS: lambda: OurStep(field, x, probe, "fused"),
+        _GENERIC: lambda: OurStep(field, x, probe, "generic"),
         _ADJOINT: lambda: TorchdiffeqStep(field, x, probe, _TOLERANCE, adjoint=True),
         _BACKWARD: lambda: TorchdiffeqStep(field, x, probe, _TOLERANCE, adjoint=False),
         _DIFFRAX: lambda: DiffraxStep(field, x, probe, _TOLERANCE),
