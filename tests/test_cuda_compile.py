@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -119,7 +120,8 @@ def syntax_check(source, tmp_path):
     standin = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
     standin.parent.mkdir(parents=True)
     standin.touch()
-    system = [tmp_path, *cpp_extension.include_paths(), toolkit]
+    python = sysconfig.get_path("include")
+    system = [tmp_path, *cpp_extension.include_paths(), python, toolkit]
     return run(
         [
             gxx, "-fsyntax-only", "-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}",
@@ -128,8 +130,9 @@ def syntax_check(source, tmp_path):
     )  # fmt: skip
 
 
-def test_ops_pass_a_syntax_check(tmp_path):
-    result = syntax_check(ROOT / "csrc" / "torch" / "ops_cuda.cpp", tmp_path)
+@pytest.mark.parametrize("name", ["ops_cuda", "while_graph"])
+def test_torch_sources_pass_a_syntax_check(name, tmp_path):
+    result = syntax_check(ROOT / "csrc" / "torch" / f"{name}.cpp", tmp_path)
     assert result.returncode == 0, result.stderr
 
 

@@ -17,6 +17,9 @@
 #include "torch/find_op.h"
 #include "torch/grid_loop.h"
 #include "torch/interrupt.h"
+#ifdef PYCNF_WITH_CUDA
+#include "torch/while_graph.h"
+#endif
 
 namespace py = pybind11;
 
@@ -137,6 +140,9 @@ PYBIND11_MODULE(_C, m) {
         arg("create_graph"));
 
   pycnf::bind_grid_loop(m);
+#ifdef PYCNF_WITH_CUDA
+  pycnf::bind_while_graph(m);
+#endif
 
   m.def("instruction_set", [] { return pycnf::cpu_kernels_of_this_machine().instruction_set; });
 
