@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 SHIM = ROOT / "tests" / "cuda_host"
 # Rounded as on the GPU: -ffp-contract=off is nvcc's -fmad=false. Groups of elements are read and
 # written in ways that C++ leaves undefined and nvcc does not.
-FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared"]
+FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"]
 
 Pointer, Int64, Double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
@@ -69,17 +69,25 @@ def find_compiler():
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def build(library, *flags):
-    """Compiles kernels and shim to the shared library at this path."""
-    # Their ending is not C++'s, hence "-x".
+def build(folder):
+    """Compiles kernels and shim to a shared library in a folder of theirs, and returns its path."""
+
+    def run(*command):
+        result = subprocess.run(
+            list(map(str, command)), cwd=folder, capture_output=True, text=True, check=False
+        )
+        if result.returncode != 0:
+            raise RuntimeError(f"the kernels do not compile for a host:\n{result.stderr}")
+
     sources = [*(ROOT / "csrc" / "cuda").glob("*.cu"), *SHIM.glob("*.cu"), *SHIM.glob("*.cpp")]
     includes = [f"-I{SHIM}", f"-I{ROOT / 'csrc'}"]
-    command = [find_compiler(), *FLAGS, *flags, *includes, "-x", "c++", *sorted(sources)]
-    result = subprocess.run(
-        [*map(str, command), "-o", str(library)], capture_output=True, text=True, check=False
-    )
-    if result.returncode != 0:
-        raise RuntimeError(f"the kernels do not compile for a host:\n{result.stderr}")
+    # The shim has what a sanitizer calls, so its library is not linked.
+    checks = "-fsanitize=alignment"
+    # The kernels' ending is not C++'s, hence "-x".
+    run(find_compiler(), *FLAGS, checks, *includes, "-c", "-x", "c++", *sorted(sources))
+    library = Path(folder) / "kernels.so"
+    run(find_compiler(), "-shared", *sorted(Path(folder).glob("*.o")), "-o", library)
+    return library
 
 
 def doubles(values):

@@ -32,9 +32,7 @@ NAN = float("nan")
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    library = tmp_path_factory.mktemp("cuda_host") / "kernels.so"
-    build(library)
-    return HostKernels(library)
+    return HostKernels(build(tmp_path_factory.mktemp("cuda_host")))
 
 
 @pytest.fixture
@@ -89,7 +87,8 @@ def assert_norms(result, expected, rtol=1e-14):
 class Step:
     """A step for the CPU, and a guarded copy for the kernels; the newest row is still to store."""
 
-    def __init__(self, size, dtype, offset=0, stages=7):
+    def __init__(self, size, dtype, offset=0, stages=7, odd=None):
+        """`odd` is the one part with an offset of 1 instead."""
         y0 = normal(size, dtype=dtype)
         self.cpu = {
             "y0": y0,
@@ -98,7 +97,9 @@ class Step:
             "y1": y0 + 0.1 * normal(size, dtype=dtype, seed=3),
             "ratio": torch.full_like(y0, NAN),
         }
-        self.guarded = {name: Guarded(x, offset) for name, x in self.cpu.items()}
+        self.guarded = {
+            name: Guarded(x, 1 if name == odd else offset) for name, x in self.cpu.items()
+        }
         self.host = {name: x.view for name, x in self.guarded.items()}
 
     def put(self, name, at, value):
@@ -237,6 +238,26 @@ def test_finish(host, ops, dtype, size, offset, flip, method):
 
 
 @DTYPES
+@pytest.mark.parametrize("odd", ["y0", "k", "fresh", "y1", "ratio", "out"])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+def test_every_op_with_one_part_that_is_not_aligned(host, ops, dtype, odd, method):
+    step, results = Step(1000, dtype, odd=odd), []
+    for op, x in ((host, step.host), (ops, step.cpu)):
+        out = Guarded(torch.full((2, 1000), NAN, dtype=dtype), odd == "out").view
+        op.rk_interpolate(x["y0"], x["y1"], x["k"], True, [0.5] * 7, 0.1, [0.3, 0.7], out)
+        state = op.rk_stage(x["y0"], x["k"], True, [x["fresh"]], [0.5, 0.25], 0.1)
+        results.append(torch.stack([*out, state]))
+        results.append(op.rk_combine(x["y0"], [x["fresh"], x["y1"]], [0.5, 0.25], 0.1))
+    assert_same_bits(results[0], results[2])
+    assert_same_bits(results[1], results[3])
+    check_finish(host, ops, step, method=method)
+    tol, results = tolerances("host", 1000), []
+    for op, x in ((host, step.host), (ops, step.cpu)):
+        results.append(op.rk_initial_norms(x["y0"], x["fresh"], x["y1"], *tol, [0, 1000]))
+    assert_norms(*results)
+
+
+@DTYPES
 @FLIPS
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_finish_of_every_method(host, ops, method, flip, dtype):
@@ -263,17 +284,25 @@ def test_finish_segments(host, ops, name, offset, dtype):
 @pytest.mark.parametrize("chunk", [21, 64, 1500, 100_000])
 @pytest.mark.parametrize("name", SEGMENTS)
 def test_finish_with_ranges_of_other_lengths(host, ops, chunk, name):
-    """Segments of so many ranges that a block adds them up, next to ones that a warp adds up; and
-    ranges that a block goes through more than once, as in a state of millions.
-    """
+    """Few ranges that a block goes through more than once, as in a state of millions, and many."""
     host.chunk = chunk
     check_finish(host, ops, Step(6007, F32), segments=SEGMENTS[name](6007))
 
 
+def test_finish_of_segments_that_a_block_adds_up(host, ops):
+    """They have more than 256 ranges; one of those here has few, for a warp."""
+    host.chunk = 5
+    for seed in range(8):
+        host.seed(seed)
+        check_finish(host, ops, Step(6007, F32), segments=[0, 1400, 1407, 1500, 1500, 4507])
+
+
 @pytest.mark.slow
 def test_finish_of_more_ranges_than_a_grid_has_blocks(host, ops):
-    host.chunk = 1
-    check_finish(host, ops, Step(16384 + 100, F32, stages=4), method="bosh3", segments=[3, 16400])
+    """Some of the 16384 blocks go round twice, with two warps' sums each."""
+    host.chunk = 64
+    size = 64 * (16384 + 100)
+    check_finish(host, ops, Step(size, F32, offset=1, stages=4), method="bosh3")
 
 
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
@@ -524,7 +553,7 @@ def test_orders_come_from_the_seed(host):
 # Of check_next_thread, by their number in checks.cu.
 FAULTS = [
     "none", "no barrier", "barrier of some", "shuffle of some", "reads from outside", "unwritten",
-    "behind", "before",
+    "behind", "before", "not aligned",
 ]  # fmt: skip
 
 
@@ -565,6 +594,7 @@ def test_shared_memory_that_nobody_wrote_is_nan(host):
         ("reads from outside", "a lane reads from a lane that takes no part"),
         ("behind", r"block \d has written outside of its shared memory"),
         ("before", r"block \d has written outside of its shared memory"),
+        ("not aligned", "an access to memory that is not aligned for it"),
     ],
 )
 def test_faults_are_reported(host, fault, message):

@@ -21,7 +21,8 @@ enum Fault {
   kReadsFromOutside,
   kUnwritten,
   kBehind,
-  kBefore
+  kBefore,
+  kNotAligned
 };
 
 // out[i] = the number of the next thread of the block, times 2.
@@ -31,6 +32,7 @@ __global__ void next_thread_kernel(int fault, double* out) {
   if (fault != kUnwritten || thread != 7) shared[thread] = thread;
   if (fault == kBehind && thread == 3) shared[kThreads] = 1.;
   if (fault == kBefore && thread == 3) shared[-1] = 1.;
+  if (fault == kNotAligned && thread == 3) pycnf::store<2>(shared + 3, {3., 4.});
   if (fault == kBarrierOfSome && thread == 40) return;
   if (fault != kNoBarrier) barrier();
   double value = shared[next];

@@ -10,6 +10,7 @@
 //   - threads wait for others that have returned or wait elsewhere: a barrier, a grid barrier or an
 //     exchange that not everybody reaches;
 //   - a lane reads from a lane that takes no part;
+//   - an address is not a multiple of what is loaded or stored there at once;
 //   - a block has written before or behind its dynamic shared memory. That memory begins as NaN, so
 //     that a read of what nobody wrote shows in the result.
 // What it cannot show: between two waits a thread is never interrupted, so a race shows only if the
