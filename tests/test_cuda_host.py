@@ -9,11 +9,11 @@ import math
 
 import pytest
 import torch
-from host_kernels import ROOT, SHIM, HostKernels, build, find_compiler
+from host_kernels import ROOT, HostKernels, build, find_compiler
 
 from pycnf import _C, reference
 
-if not SHIM.is_dir() or not (ROOT / "csrc").is_dir():
+if not (ROOT / "csrc").is_dir():
     pytest.skip("needs pycnf's sources", allow_module_level=True)
 if find_compiler() is None:
     pytest.skip("needs g++", allow_module_level=True)
@@ -26,7 +26,7 @@ OFFSETS = pytest.mark.parametrize("offset", [0, 1, 2])
 FLIPS = pytest.mark.parametrize("flip", [False, True])
 TABLEAUX = {tableau["name"]: tableau for tableau in _C.tableaux()}
 ADAPTIVE = [name for name, tableau in TABLEAUX.items() if tableau["adaptive"]]
-SEEDS = range(4)
+SEEDS = range(5)
 NAN = float("nan")
 
 
@@ -290,11 +290,11 @@ def test_finish_with_ranges_of_other_lengths(host, ops, chunk, name):
 
 
 def test_finish_of_segments_that_a_block_adds_up(host, ops):
-    """They have more than 256 ranges; one of those here has few, for a warp."""
+    """More than 256 ranges each. A warp has no say in the largest norm."""
     host.chunk = 5
-    for seed in range(8):
+    for seed in SEEDS:
         host.seed(seed)
-        check_finish(host, ops, Step(6007, F32), segments=[0, 1400, 1407, 1500, 1500, 4507])
+        check_finish(host, ops, Step(6007, F32), segments=[0, 1400, 1407, 4507])
 
 
 @pytest.mark.slow

@@ -1,12 +1,12 @@
-// Stands in for CUDA's header of this name, so that csrc/cuda compiles as plain C++ and runs without
-// a GPU: with this folder first on the include path, g++ takes the .cu files as they are.
+// Stands in for CUDA's header of this name, so that csrc/cuda compiles as plain C++ and runs where
+// there is no GPU: with this folder first on the include path, g++ takes the .cu files as they are.
 //
 // A GPU's thread is a fiber on one OS thread. It runs until it waits: at a barrier, or where lanes
 // of a warp exchange values. Who runs next is drawn from cuda_host_seed()'s seed, sometimes among
 // all threads, sometimes one warp or block as far ahead of the others as it gets, so what a kernel
-// leaves to chance differs between seeds. The blocks of a launch run one after the other in
-// random order; those of a cooperative launch run together. A launch gives cudaErrorLaunchFailure,
-// and cuda_host_error() tells why, where
+// leaves to chance differs between seeds. The blocks of a launch run one after the other in random
+// order; those of a cooperative launch run together. A launch gives cudaErrorLaunchFailure, and
+// cuda_host_error() tells why, where
 //   - threads wait for others that have returned or wait elsewhere: a barrier, a grid barrier or an
 //     exchange that not everybody reaches;
 //   - a lane reads from a lane that takes no part;
@@ -16,11 +16,11 @@
 // What it cannot show: between two waits a thread is never interrupted, so a race shows only if the
 // order of whole stretches matters; and there is only one memory, always coherent.
 //
-// To add a kernel: its .cu file in csrc/cuda is compiled without further ado. Export a function that
-// calls its launcher in entry.cpp, declare and wrap it in tests/host_kernels.py, and compare it with
-// the CPU's op or pycnf.reference for several seeds in tests/test_cuda_host.py. What the kernel
-// needs of CUDA and this header lacks goes here, a few lines each; grids, blocks and warps are
-// one-dimensional. Static __shared__ arrays have no meaning here: csrc/cuda/device.cuh has the one
+// To add a kernel: its .cu file in csrc/cuda is compiled as it is. Export a function that calls its
+// launcher in entry.cpp, declare and wrap it in tests/host_kernels.py, and compare it with the CPU's
+// op or pycnf.reference for several seeds in tests/test_cuda_host.py. What the kernel needs of CUDA
+// and this header lacks goes here, a few lines each; grids, blocks and warps have one dimension, a
+// block gets up to 48 KiB of shared memory. Static __shared__ arrays have no meaning here: csrc/cuda/device.cuh has the one
 // way to shared memory. cooperative_groups.h beside this file has the grid barrier.
 #pragma once
 
