@@ -8,7 +8,7 @@
 // order; those of a cooperative launch run together. A launch gives cudaErrorLaunchFailure, and
 // cuda_host_error() tells why, where
 //   - threads wait for others that have returned or wait elsewhere: a barrier, a grid barrier or an
-//     exchange that not everybody reaches;
+//     exchange that not everybody reaches (GPUs forgive those that have returned);
 //   - a lane reads from a lane that takes no part;
 //   - an address is not a multiple of what is loaded or stored there at once;
 //   - a block has written before or behind its dynamic shared memory. That memory begins as NaN, so
@@ -17,11 +17,12 @@
 // order of whole stretches matters; and there is only one memory, always coherent.
 //
 // To add a kernel: its .cu file in csrc/cuda is compiled as it is. Export a function that calls its
-// launcher in entry.cpp, declare and wrap it in tests/host_kernels.py, and compare it with the CPU's
-// op or pycnf.reference for several seeds in tests/test_cuda_host.py. What the kernel needs of CUDA
-// and this header lacks goes here, a few lines each; grids, blocks and warps have one dimension, a
-// block gets up to 48 KiB of shared memory. Static __shared__ arrays have no meaning here: csrc/cuda/device.cuh has the one
-// way to shared memory. cooperative_groups.h beside this file has the grid barrier.
+// launcher in entry.cpp, declare and wrap it in tests/host_kernels.py, and compare it, for several
+// seeds, with the CPU's op or pycnf.reference in tests/test_cuda_host.py. What the kernel needs of
+// CUDA and this header lacks goes here, a few lines each. Grids, blocks and warps have one
+// dimension, and a block gets up to 48 KiB of shared memory. Static __shared__ arrays have no
+// meaning here: csrc/cuda/device.cuh has the one way to shared memory. cooperative_groups.h beside
+// this file has the grid's barrier.
 #pragma once
 
 #include <math.h>
