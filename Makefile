@@ -24,7 +24,7 @@ BENCH_STAMP := $(VENV)/.bench-tools
 LINT_STAMP := $(VENV)/.lint-tools
 
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
-CPP := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: train test bench lint format build clean
 

@@ -1,6 +1,6 @@
 """The CUDA sources compile, on machines without a GPU and, as far as g++ can tell, without nvcc.
 
-Nothing here runs a kernel; tests/test_cuda.py does, on a GPU.
+Nothing here runs a kernel; tests/test_cuda_host.py and, on a GPU, tests/test_cuda.py do.
 """
 
 import os

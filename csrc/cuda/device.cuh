@@ -1,6 +1,6 @@
 // The kernels' one door to CUDA's runtime and intrinsics: launch, barrier, warp exchange, shared
-// memory, wide loads. Whoever runs the kernels as plain C++ on a host replaces <cuda_runtime.h> and
-// what stands here.
+// memory, wide loads. Who runs the kernels as plain C++ on a host, as tests/cuda_host does, replaces
+// <cuda_runtime.h>.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -40,7 +40,11 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_
 // Dynamic shared memory, the only kind in use.
 template <typename T>
 __device__ inline T* shared_memory() {
+#if defined(__CUDACC__)
   extern __shared__ __align__(16) unsigned char pycnf_shared[];
+#else
+  unsigned char* pycnf_shared = cuda_host::shared_memory();  // a host has no such storage
+#endif
   return reinterpret_cast<T*>(pycnf_shared);
 }
 

@@ -1,0 +1,136 @@
+// Stands in for CUDA's header of this name, so that csrc/cuda compiles as plain C++ and runs where
+// there is no GPU: with this folder first on the include path, g++ takes the .cu files as they are.
+//
+// A GPU's thread is a fiber on one OS thread. It runs until it waits: at a barrier, or where lanes
+// of a warp exchange values. Who runs next is drawn from cuda_host_seed()'s seed, sometimes among
+// all threads, sometimes one warp or block as far ahead of the others as it gets, so what a kernel
+// leaves to chance differs between seeds. The blocks of a launch run one after the other in random
+// order; those of a cooperative launch run together. A launch gives cudaErrorLaunchFailure, and
+// cuda_host_error() tells why, where
+//   - threads wait for others that have returned or wait elsewhere: a barrier, a grid barrier or an
+//     exchange that not everybody reaches (GPUs forgive those that have returned);
+//   - a lane reads from a lane that takes no part;
+//   - an address is not a multiple of what is loaded or stored there at once;
+//   - a block has written before or behind its dynamic shared memory. That memory begins as NaN, so
+//     that a read of what nobody wrote shows in the result.
+// What it cannot show: between two waits a thread is never interrupted, so a race shows only if the
+// order of whole stretches matters; and there is only one memory, always coherent.
+//
+// To add a kernel: its .cu file in csrc/cuda is compiled as it is. Export a function that calls its
+// launcher in entry.cpp, declare and wrap it in tests/host_kernels.py, and compare it, for several
+// seeds, with the CPU's op or pycnf.reference in tests/test_cuda_host.py. What the kernel needs of
+// CUDA and this header lacks goes here, a few lines each. Grids, blocks and warps have one
+// dimension, and a block gets up to 48 KiB of shared memory. Static __shared__ arrays have no
+// meaning here: csrc/cuda/device.cuh has the one way to shared memory. cooperative_groups.h beside
+// this file has the grid's barrier.
+#pragma once
+
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
+#include "cuda_runtime_api.h"
+#include "grid.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+static const uint3& threadIdx = cuda_host::thread_index;
+static const uint3& blockIdx = cuda_host::block_index;
+static const dim3& blockDim = cuda_host::block_size;
+static const dim3& gridDim = cuda_host::grid_size;
+
+// Like CUDA's, copies the arguments once at the launch, and gives every thread its own.
+template <typename... Params, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               Arguments&&... arguments) {
+  const std::tuple<Params...> copies(arguments...);
+  return cuda_host::run(*config, [&] { std::apply(kernel, copies); });
+}
+
+// ---- barriers -----------------------------------------------------------------------------------
+
+inline void __syncthreads() { cuda_host::wait_for_block(); }
+
+inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_host::vote(mask, false); }
+
+inline void __threadfence() {}
+
+// For those who wait in a loop for what another block writes; only in a cooperative launch.
+inline void __nanosleep(unsigned) { cuda_host::nap(); }
+
+// ---- exchanges in a warp ------------------------------------------------------------------------
+
+namespace cuda_host {
+
+template <typename T>
+T value_of_lane(unsigned mask, T value, int lane) {
+  static_assert(std::is_arithmetic_v<T> && sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = exchange(mask, bits, lane);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+inline int lane() { return int(threadIdx.x % 32); }
+
+}  // namespace cuda_host
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  const int first = cuda_host::lane() / width * width;
+  return cuda_host::value_of_lane(mask, value, first + (source & (width - 1)));
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned offset, int width = 32) {
+  const int lane = cuda_host::lane(), source = lane + int(offset);
+  return cuda_host::value_of_lane(mask, value, source / width == lane / width ? source : lane);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned offset, int width = 32) {
+  const int lane = cuda_host::lane(), source = lane - int(offset);
+  return cuda_host::value_of_lane(mask, value, source >= lane / width * width ? source : lane);
+}
+
+// Unlike the others', the source may be in a part of the warp before one's own.
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+  const int lane = cuda_host::lane(), source = lane ^ bits;
+  return cuda_host::value_of_lane(mask, value, source / width <= lane / width ? source : lane);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int value) {
+  return cuda_host::vote(mask, value != 0);
+}
+
+inline int __any_sync(unsigned mask, int value) { return __ballot_sync(mask, value) != 0; }
+
+inline int __all_sync(unsigned mask, int value) { return __ballot_sync(mask, value) == mask; }
+
+// ---- atomics: nobody interrupts -----------------------------------------------------------------
+
+template <typename T>
+T atomicExch(T* at, T value) {
+  const T before = *at;
+  *at = value;
+  return before;
+}
+
+template <typename T>
+T atomicAdd(T* at, std::type_identity_t<T> value) {
+  return atomicExch(at, T(*at + value));
+}
+
+template <typename T>
+T atomicCAS(T* at, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
+  return atomicExch(at, *at == expected ? value : *at);
+}

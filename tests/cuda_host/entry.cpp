@@ -1,0 +1,188 @@
+// The launchers of csrc/cuda as functions of C, for tests/host_kernels.py. "Device memory" is the
+// host's. What csrc/torch/ops_cuda.cpp does between op and launcher is done here, without torch.
+
+#include <vector>
+
+#include "cuda/kernels.h"
+
+namespace {
+
+using pycnf::NormLayout;
+using pycnf::NormPartial;
+using pycnf::NormPiece;
+using pycnf::WeightedRows;
+
+// Terms of a sum; the weights are still to be multiplied by h.
+struct Terms {
+  const void* const* rows;
+  const double* weights;
+  int count;
+  bool ordered;
+};
+
+struct Segments {
+  const int64_t* borders;  // pairs (begin, end)
+  int64_t count;           // of borders
+  int64_t chunk;           // of norm ranges, 0: the usual
+};
+
+// Calls body(T()) with T = double if `wide`, else float.
+template <typename Body>
+cudaError_t in_dtype(bool wide, const Body& body) {
+  return wide ? body(double()) : body(float());
+}
+
+template <typename T>
+WeightedRows<T> weighted(const Terms& terms, double h) {
+  WeightedRows<T> rows = {};
+  rows.count = terms.count;
+  rows.ordered = terms.ordered;
+  for (int j = 0; j < terms.count; ++j) {
+    rows.rows[j] = static_cast<const T*>(terms.rows[j]);
+    rows.weights[j] = T(terms.weights[j]) * T(h);
+  }
+  return rows;
+}
+
+template <typename T>
+pycnf::Tolerance<T> in_dtype_of(const pycnf::Tolerance<double>& x) {
+  return {T(x.rtol), T(x.atol), x.rtol_each, x.atol_each, x.rtol_device, x.atol_device};
+}
+
+// A layout and the memory that it needs.
+class Norm {
+ public:
+  Norm(const Segments& segments, int64_t size) {
+    layout_.chunk = segments.chunk > 0 ? segments.chunk : pycnf::norm_chunk(size);
+    int64_t at = 0;
+    for (int64_t s = 0; s + 1 < segments.count; s += 2) {
+      const int64_t begin = segments.borders[s], end = segments.borders[s + 1];
+      if (at < begin) add(at, begin, -1);
+      // Of the empty segments only the first matters: its RMS is NaN.
+      if (begin < end || s == 0) add(begin, end, int32_t(s / 2));
+      at = end;
+    }
+    if (at < size) add(at, size, -1);
+    layout_.pieces = int32_t(pieces_.size());
+    // Beyond what is asked for, so that nobody is handed null; all bytes are NaN's.
+    partials_.resize(sizeof(NormPartial) * size_t(layout_.ranges) + 1, 0xff);
+  }
+
+  cudaError_t store_pieces() {
+    if (pieces_.size() <= size_t(pycnf::kFewPieces)) {
+      std::copy(pieces_.begin(), pieces_.end(), layout_.few);
+      return cudaSuccess;
+    }
+    table_.resize(pieces_.size());
+    layout_.table = table_.data();
+    return pycnf::launch_store_pieces(pieces_.data(), layout_.pieces, table_.data(), nullptr);
+  }
+
+  const NormLayout& layout() const { return layout_; }
+  NormPartial* partials() { return reinterpret_cast<NormPartial*>(partials_.data()); }
+
+ private:
+  void add(int64_t begin, int64_t end, int32_t segment) {
+    pieces_.push_back({begin, end, segment, layout_.ranges});
+    layout_.ranges += int32_t(pycnf::ranges_of_piece(begin, end, layout_.chunk));
+  }
+
+  NormLayout layout_ = {};
+  std::vector<NormPiece> pieces_, table_;
+  std::vector<unsigned char> partials_;
+};
+
+}  // namespace
+
+// Rows and states are of `wide`'s dtype. Every function returns the launcher's error.
+extern "C" {
+
+cudaError_t stage(bool wide, const void* y0, Terms terms, const void* fresh, void* fresh_row,
+                  void* out, double h, int64_t size) {
+  return in_dtype(wide, [&](auto zero) {
+    using T = decltype(zero);
+    const pycnf::StageParams<T> p = {static_cast<const T*>(y0), weighted<T>(terms, h),
+                                     static_cast<const T*>(fresh), static_cast<T*>(fresh_row),
+                                     static_cast<T*>(out)};
+    return pycnf::launch_stage(p, size, nullptr);
+  });
+}
+
+cudaError_t finish(bool wide, const void* y0, Terms solution, Terms error, const void* fresh,
+                   void* fresh_row, void* y1, void* ratio, double h,
+                   pycnf::Tolerance<double> tolerance, Segments segments, double* result,
+                   int64_t size) {
+  Norm norm(segments, size);
+  if (const auto failure = norm.store_pieces(); failure != cudaSuccess) return failure;
+  return in_dtype(wide, [&](auto zero) {
+    using T = decltype(zero);
+    const pycnf::FinishParams<T> p = {static_cast<const T*>(y0),  weighted<T>(solution, h),
+                                      weighted<T>(error, h),      static_cast<const T*>(fresh),
+                                      static_cast<T*>(fresh_row), static_cast<T*>(y1),
+                                      static_cast<T*>(ratio),     in_dtype_of<T>(tolerance)};
+    return pycnf::launch_finish(p, norm.layout(), norm.partials(), result, nullptr);
+  });
+}
+
+cudaError_t initial(bool wide, const void* y0, const void* f0, const void* f1,
+                    pycnf::Tolerance<double> tolerance, Segments segments, double* result,
+                    int64_t size) {
+  Norm norm(segments, size);
+  if (const auto failure = norm.store_pieces(); failure != cudaSuccess) return failure;
+  return in_dtype(wide, [&](auto zero) {
+    using T = decltype(zero);
+    const pycnf::InitialParams<T> p = {static_cast<const T*>(y0), static_cast<const T*>(f0),
+                                       static_cast<const T*>(f1), in_dtype_of<T>(tolerance)};
+    return pycnf::launch_initial(p, norm.layout(), norm.partials(), result, nullptr);
+  });
+}
+
+cudaError_t interpolate(bool wide, const void* y0, const void* y1, const void* f0, const void* f1,
+                        Terms middle, double h, const double* x, int64_t times, void* out,
+                        int64_t size) {
+  return in_dtype(wide, [&](auto zero) {
+    using T = decltype(zero);
+    const std::vector<T> points(x, x + times);
+    const pycnf::InterpolateParams<T> p = {static_cast<const T*>(y0),
+                                           static_cast<const T*>(y1),
+                                           static_cast<const T*>(f0),
+                                           static_cast<const T*>(f1),
+                                           weighted<T>(middle, h),
+                                           T(h),
+                                           points.data(),
+                                           times,
+                                           static_cast<T*>(out),
+                                           size};
+    return pycnf::launch_interpolate(p, nullptr);
+  });
+}
+
+cudaError_t store_values(bool wide, const double* values, int64_t count, void* out) {
+  return in_dtype(wide, [&](auto zero) {
+    return pycnf::launch_store_values(values, count, static_cast<decltype(zero)*>(out), nullptr);
+  });
+}
+
+cudaError_t store_pieces(const NormPiece* pieces, int32_t count, NormPiece* table) {
+  return pycnf::launch_store_pieces(pieces, count, table, nullptr);
+}
+
+cudaError_t hash_keys(bool wide, const void* rows, int64_t batch, int64_t features, int64_t* keys) {
+  return in_dtype(wide, [&](auto zero) {
+    using T = decltype(zero);
+    const pycnf::KeyParams<T> p = {static_cast<const T*>(rows), features, keys};
+    return pycnf::launch_hash_keys(p, batch, nullptr);
+  });
+}
+
+cudaError_t sample_probes(bool wide, const int64_t* keys, uint64_t seed, int64_t probes,
+                          int64_t batch, int64_t features, bool gaussian, void* out) {
+  return in_dtype(wide, [&](auto zero) {
+    using T = decltype(zero);
+    const pycnf::ProbeParams<T> p = {
+        keys, seed, probes, batch, features, gaussian, static_cast<T*>(out)};
+    return pycnf::launch_sample_probes(p, nullptr);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,680 @@
+"""The CUDA kernels' logic without a GPU: run on a host, they equal the CPU's ops bit by bit,
+whatever the order of threads and blocks; and the stand-in for CUDA catches what it should.
+
+"Equal" is as in tests/test_cuda.py, which runs the same kernels on a GPU.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from host_kernels import ROOT, HostKernels, build, find_compiler
+
+from pycnf import _C, reference
+
+if not (ROOT / "csrc").is_dir():
+    pytest.skip("needs pycnf's sources", allow_module_level=True)
+if find_compiler() is None:
+    pytest.skip("needs g++", allow_module_level=True)
+
+F32, F64 = torch.float32, torch.float64
+DTYPES = pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+SIZES = pytest.mark.parametrize("size", [0, 1, 3, 31, 255, 257, 1000, 1024, 1025, 5000])
+# Elements by which a view misses its allocation's alignment; 2 is 16 bytes in f64 only.
+OFFSETS = pytest.mark.parametrize("offset", [0, 1, 2])
+FLIPS = pytest.mark.parametrize("flip", [False, True])
+TABLEAUX = {tableau["name"]: tableau for tableau in _C.tableaux()}
+ADAPTIVE = [name for name, tableau in TABLEAUX.items() if tableau["adaptive"]]
+SEEDS = range(5)
+NAN = float("nan")
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    return HostKernels(build(tmp_path_factory.mktemp("cuda_host")))
+
+
+@pytest.fixture
+def host(kernels):
+    kernels.seed(1)
+    kernels.tolerances_on_device, kernels.chunk = False, 0
+    return kernels
+
+
+@pytest.fixture
+def ops():
+    return torch.ops.pycnf
+
+
+def normal(*shape, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, dtype=F64, generator=generator).to(dtype)
+
+
+class Guarded:
+    """A copy, `offset` elements into an allocation whose rest must not change."""
+
+    GUARD = -77.0
+
+    def __init__(self, x, offset=0):
+        self.offset, self.size = offset, x.numel()
+        self.buffer = torch.full((offset + self.size + 16,), self.GUARD, dtype=x.dtype)
+        self.view = self.buffer[offset : offset + self.size].view(x.shape)
+        self.view.copy_(x)
+
+    def check(self):
+        rest = torch.cat([self.buffer[: self.offset], self.buffer[self.offset + self.size :]])
+        assert (rest == self.GUARD).all(), "written outside of the tensor"
+
+
+def bits(x):
+    """A NaN is a NaN, and -0 is 0: sums over no rows differ in their sign."""
+    x = torch.where(x.isnan(), NAN, x + 0.0)
+    return x.view({F32: torch.int32, F64: torch.int64}[x.dtype])
+
+
+def assert_same_bits(result, expected):
+    assert result.dtype == expected.dtype and result.shape == expected.shape
+    assert torch.equal(bits(result), bits(expected))
+
+
+def assert_norms(result, expected, rtol=1e-14):
+    """Norms sum in another order than on the CPU, in f64; flags are flags."""
+    torch.testing.assert_close(result, expected, rtol=rtol, atol=0.0, equal_nan=True)
+
+
+class Step:
+    """A step for the CPU, and a guarded copy for the kernels; the newest row is still to store."""
+
+    def __init__(self, size, dtype, offset=0, stages=7, odd=None):
+        """`odd` is the one part with an offset of 1 instead."""
+        y0 = normal(size, dtype=dtype)
+        self.cpu = {
+            "y0": y0,
+            "k": normal(stages, size, dtype=dtype, seed=1),
+            "fresh": normal(size, dtype=dtype, seed=2),
+            "y1": y0 + 0.1 * normal(size, dtype=dtype, seed=3),
+            "ratio": torch.full_like(y0, NAN),
+        }
+        self.guarded = {
+            name: Guarded(x, 1 if name == odd else offset) for name, x in self.cpu.items()
+        }
+        self.host = {name: x.view for name, x in self.guarded.items()}
+
+    def put(self, name, at, value):
+        for side in (self.cpu, self.host):
+            side[name][at] = value
+
+    def check(self):
+        for name, x in self.cpu.items():
+            assert_same_bits(self.host[name], x)
+            self.guarded[name].check()
+
+
+def tolerances(kind, size):
+    rtol, atol = torch.tensor(1e-3, dtype=F64), torch.tensor(1e-4, dtype=F64)
+    if kind in ("each", "mixed"):
+        rtol = rtol * (1 + normal(size, dtype=F64, seed=5).abs())
+    if kind == "each":
+        atol = atol * (1 + normal(size, dtype=F64, seed=6).abs())
+    return rtol, atol
+
+
+def cuts(size, parts):
+    """Adjacent segments of many lengths, some shorter than a group of 4."""
+    borders = sorted({0, size, *((i * i * 7 + 3 * i) % size for i in range(1, parts))})
+    return [at for pair in itertools.pairwise(borders) for at in pair]
+
+
+SEGMENTS = {
+    "none": lambda n: [],
+    "all": lambda n: [0, n],
+    "gaps": lambda n: [1, 5, 7, n // 2, n // 2 + 3, n - 2],
+    "adjoint": lambda n: [0, 1, 1, n // 3, n // 3, n // 2 + 1, n // 2 + 1, n],
+    "many": lambda n: cuts(n, 60),
+    "many, through a table": lambda n: cuts(n, 400),
+    "first empty": lambda n: [0, 0, 0, n],
+    "first empty, behind a gap": lambda n: [5, 5, 5, n],
+    "later empty": lambda n: [0, 9, 9, 9, 9, n],
+}
+
+
+# ---- stages --------------------------------------------------------------------------------------
+
+
+@DTYPES
+@SIZES
+@OFFSETS
+@FLIPS
+def test_stage(host, ops, dtype, size, offset, flip):
+    step = Step(size, dtype, offset)
+    weights, results = TABLEAUX["dopri5"]["a"][5], []
+    step.put("k", len(weights) - 1, NAN)  # the newest row unless flipped, which is never the last
+    for op, x in ((host, step.host), (ops, step.cpu)):
+        results.append(op.rk_stage(x["y0"], x["k"], flip, [x["fresh"]], weights, 0.37))
+    assert_same_bits(*results)
+    step.check()
+
+
+@DTYPES
+@FLIPS
+@pytest.mark.parametrize("method", TABLEAUX)
+def test_stage_of_every_method(host, ops, method, flip, dtype):
+    """Rows of weight zero are not read: what they hold is no matter."""
+    tableau = TABLEAUX[method]
+    last = tableau["stages"] - 1
+    for row in [*tableau["a"][1:], tableau["b"]]:
+        step, results = Step(300, dtype, stages=tableau["stages"]), []
+        for stage in range(tableau["stages"]):
+            if stage >= len(row) or row[stage] == 0:
+                step.put("k", last - stage if flip and stage in (0, last) else stage, NAN)
+        for op, x in ((host, step.host), (ops, step.cpu)):
+            results.append(op.rk_stage(x["y0"], x["k"], flip, [], row, 0.21))
+        assert not results[0].isnan().any()
+        assert_same_bits(*results)
+
+
+def test_stage_of_more_elements_than_a_grid_has_threads(host, ops):
+    """16384 blocks of 256 threads, each with one element at a time, go round twice."""
+    size = 16384 * 256 + 1000
+    y0, row = torch.arange(size + 1, dtype=F32)[1:], torch.ones(1, size)
+    result = host.rk_stage(y0, row, False, [], [0.5], 0.3)
+    assert_same_bits(result, ops.rk_stage(y0, row, False, [], [0.5], 0.3))
+
+
+@DTYPES
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 5, 7, 8, 9, 13, 14])
+def test_combine(host, ops, dtype, terms, ordered):
+    for size in (1, 6, 1029):
+        y = normal(size, dtype=dtype)
+        k = [normal(size, dtype=dtype, seed=j) for j in range(terms)]
+        weights = [0.0 if j % 5 == 2 else (-1) ** j / (j + 1) for j in range(terms)]
+        arguments = (y, k, weights, 0.3, None, ordered)
+        result = host.rk_combine(*arguments)
+        assert_same_bits(result, ops.rk_combine(*arguments))
+        close = {"rtol": 1e-12, "atol": 1e-13} if dtype == F64 else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(result, reference.rk_combine(*arguments), **close)
+
+
+# ---- end of step ---------------------------------------------------------------------------------
+
+
+def check_finish(
+    host, ops, step, *, method="dopri5", flip=False, kind="host", segments=None, use_ratio=True
+):
+    """Runs kernels and CPU op, and compares everything that they return and write."""
+    tableau, size = TABLEAUX[method], step.cpu["y0"].numel()
+    solution = [] if tableau["solution_is_last_stage"] else tableau["b"]
+    segments = [0, size] if segments is None else segments
+    tol, results = tolerances(kind, size), []
+    host.tolerances_on_device = kind in ("device", "mixed")
+    wide = {name: x.to(F64, copy=True) for name, x in step.cpu.items()}
+    for op, x in ((host, step.host), (ops, step.cpu), (reference, wide)):
+        ratio = x["ratio"] if use_ratio else None
+        result = op.rk_finish(
+            x["y0"], x["k"], flip, [x["fresh"]], x["y1"], solution, tableau["e"], 0.37, *tol,
+            segments, ratio,
+        )  # fmt: skip
+        results.append(result)
+    result, expected, exact = results
+    assert_norms(result, expected)
+    step.check()
+    # The scaled error is a small difference of large terms, hence the wide bound in f32.
+    assert_norms(result, exact, 1e-11 if step.cpu["y0"].dtype == F64 else 1e-2)
+    return result
+
+
+@DTYPES
+@SIZES
+@OFFSETS
+@FLIPS
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+def test_finish(host, ops, dtype, size, offset, flip, method):
+    """dopri5 has its solution already, tsit5 sums it."""
+    step = Step(size, dtype, offset)
+    check_finish(host, ops, step, method=method, flip=flip, use_ratio=offset == 0)
+
+
+@DTYPES
+@pytest.mark.parametrize("odd", ["y0", "k", "fresh", "y1", "ratio", "out"])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+def test_every_op_with_one_part_that_is_not_aligned(host, ops, dtype, odd, method):
+    step, results = Step(1000, dtype, odd=odd), []
+    for op, x in ((host, step.host), (ops, step.cpu)):
+        out = Guarded(torch.full((2, 1000), NAN, dtype=dtype), odd == "out").view
+        op.rk_interpolate(x["y0"], x["y1"], x["k"], True, [0.5] * 7, 0.1, [0.3, 0.7], out)
+        state = op.rk_stage(x["y0"], x["k"], True, [x["fresh"]], [0.5, 0.25], 0.1)
+        results.append(torch.stack([*out, state]))
+        results.append(op.rk_combine(x["y0"], [x["fresh"], x["y1"]], [0.5, 0.25], 0.1))
+    assert_same_bits(results[0], results[2])
+    assert_same_bits(results[1], results[3])
+    check_finish(host, ops, step, method=method)
+    tol, results = tolerances("host", 1000), []
+    for op, x in ((host, step.host), (ops, step.cpu)):
+        results.append(op.rk_initial_norms(x["y0"], x["fresh"], x["y1"], *tol, [0, 1000]))
+    assert_norms(*results)
+
+
+@DTYPES
+@FLIPS
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_finish_of_every_method(host, ops, method, flip, dtype):
+    step = Step(1030, dtype, stages=TABLEAUX[method]["stages"])
+    check_finish(host, ops, step, method=method, flip=flip)
+
+
+@DTYPES
+@OFFSETS
+@pytest.mark.parametrize("kind", ["host", "device", "each", "mixed"])
+def test_finish_tolerances(host, ops, kind, offset, dtype):
+    check_finish(host, ops, Step(2051, dtype, offset), kind=kind)
+
+
+@DTYPES
+@OFFSETS
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_finish_segments(host, ops, name, offset, dtype):
+    segments = SEGMENTS[name](6007)
+    result = check_finish(host, ops, Step(6007, dtype, offset), segments=segments)
+    assert math.isnan(result[0].item()) == name.startswith("first empty")
+
+
+@pytest.mark.parametrize("chunk", [21, 64, 1500, 100_000])
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_finish_with_ranges_of_other_lengths(host, ops, chunk, name):
+    """Few ranges that a block goes through more than once, as in a state of millions, and many."""
+    host.chunk = chunk
+    check_finish(host, ops, Step(6007, F32), segments=SEGMENTS[name](6007))
+
+
+def test_finish_of_segments_that_a_block_adds_up(host, ops):
+    """More than 256 ranges each. A warp has no say in the largest norm."""
+    host.chunk = 5
+    for seed in SEEDS:
+        host.seed(seed)
+        check_finish(host, ops, Step(6007, F32), segments=[0, 1400, 1407, 4507])
+
+
+@pytest.mark.slow
+def test_finish_of_more_ranges_than_a_grid_has_blocks(host, ops):
+    """Some of the 16384 blocks go round twice, with two warps' sums each."""
+    host.chunk = 64
+    size = 64 * (16384 + 100)
+    check_finish(host, ops, Step(size, F32, offset=1, stages=4), method="bosh3")
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, 1, 2, 4000, 6006])
+def test_finish_flags_values_that_are_not_finite(host, ops, at, bad):
+    """Also between segments, where the norm does not look."""
+    for segments in ([0, 6007], [1, 4000, 4001, 6000]):
+        step = Step(6007, F64)
+        step.put("y1", at, bad)
+        assert check_finish(host, ops, step, segments=segments)[1].item() == 0.0
+
+
+@DTYPES
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_finish_takes_nan_as_python_s_max_does(host, ops, part, dtype):
+    step = Step(3000, dtype)
+    step.put("k", (2, 1000 * part + 17), NAN)
+    segments = [0, 1000, 1000, 2000, 2000, 3000]
+    result = check_finish(host, ops, step, segments=segments)
+    assert math.isnan(result[0].item()) == (part == 0)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf])
+def test_finish_of_an_infinite_error(host, ops, bad):
+    step = Step(3000, F64)
+    step.put("k", (2, 1017), bad)
+    result = check_finish(host, ops, step, segments=[0, 1000, 1000, 3000])
+    assert result.tolist() == [math.inf, 1.0]
+
+
+def test_finish_wants_sums_of_equal_length(host):
+    y0, k = torch.zeros(8), torch.zeros(2, 8)
+    tol = torch.tensor(1e-3, dtype=F64)
+    with pytest.raises(RuntimeError, match="finish: CUDA error 1"):
+        host.rk_finish(y0, k, False, [], y0.clone(), [1.0], [1.0, 2.0], 0.1, tol, tol, [0, 8])
+
+
+# ---- initial step --------------------------------------------------------------------------------
+
+
+def check_initial_norms(
+    host, ops, dtype, *, size=6007, offset=0, second=True, kind="host", segments=None
+):
+    segments = [0, size] if segments is None else segments
+    tensors = [normal(size, dtype=dtype, seed=seed) for seed in range(3)]
+    guarded = [Guarded(x, offset).view for x in tensors]
+    if not second:
+        tensors[2] = guarded[2] = None
+    tol = tolerances(kind, size)
+    host.tolerances_on_device = kind in ("device", "mixed")
+    result = host.rk_initial_norms(*guarded, *tol, segments)
+    assert_norms(result, ops.rk_initial_norms(*tensors, *tol, segments))
+    wide = [x if x is None else x.double() for x in tensors]
+    exact = reference.rk_initial_norms(*wide, *tol, segments)
+    assert_norms(result, exact, 1e-12 if dtype == F64 else 1e-5)
+
+
+SECOND = pytest.mark.parametrize("second", [False, True])
+
+
+@DTYPES
+@SIZES
+@OFFSETS
+@SECOND
+def test_initial_norms(host, ops, dtype, offset, size, second):
+    check_initial_norms(host, ops, dtype, size=size, offset=offset, second=second)
+
+
+@DTYPES
+@SECOND
+@pytest.mark.parametrize("kind", ["device", "each", "mixed"])
+def test_initial_norms_tolerances(host, ops, dtype, kind, second):
+    check_initial_norms(host, ops, dtype, kind=kind, second=second)
+
+
+@DTYPES
+@SECOND
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_initial_norms_segments(host, ops, dtype, name, second):
+    segments = SEGMENTS[name](6007)
+    check_initial_norms(host, ops, dtype, offset=1, second=second, segments=segments)
+
+
+# ---- interpolation -------------------------------------------------------------------------------
+
+
+def check_interpolate(host, ops, dtype, size, offset, times):
+    x = [i / max(1, times - 1) for i in range(times)]
+    middle = TABLEAUX["dopri5"]["m"]
+    for flip in (False, True):
+        step = Step(size, dtype, offset)
+        expected = torch.full((times, size), NAN, dtype=dtype)
+        exact = expected.to(F64, copy=True)
+        result = Guarded(expected, offset)
+        wide = {name: x.to(F64, copy=True) for name, x in step.cpu.items()}
+        for op, part, out in (
+            (host, step.host, result.view),
+            (ops, step.cpu, expected),
+            (reference, wide, exact),
+        ):
+            op.rk_interpolate(part["y0"], part["y1"], part["k"], flip, middle, 0.37, x, out)
+        assert_same_bits(result.view, expected)
+        result.check()
+        step.check()
+        close = {"rtol": 1e-11, "atol": 1e-12} if dtype == F64 else {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(result.view.double(), exact, **close)
+
+
+@DTYPES
+@SIZES
+@OFFSETS
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_interpolate(host, ops, dtype, size, offset, times):
+    check_interpolate(host, ops, dtype, size, offset, times)
+
+
+@DTYPES
+@pytest.mark.parametrize("times", [127, 128, 129, 300])
+@pytest.mark.parametrize("size", [5, 64])
+def test_interpolate_at_more_times_than_fit_one_launch(host, ops, dtype, size, times):
+    check_interpolate(host, ops, dtype, size, 0, times)
+
+
+# ---- values, pieces, probes ----------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("count", [0, 1, 6, 128, 129, 300])
+def test_time_tensors(host, ops, count, dtype):
+    values = [(-1) ** i / (3 + i) for i in range(count)]
+    expected = ops.time_tensors(values, dtype, torch.device("cpu"))
+    assert [t.item() for t in host.time_tensors(values, dtype)] == [t.item() for t in expected]
+
+
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 200])
+def test_store_pieces(host, count):
+    """A piece is begin, end, and two numbers of 32 bits: three of 64."""
+    pieces = torch.randint(2**62, (count, 3))
+    table = Guarded(torch.zeros_like(pieces))
+    host.call("store_pieces", pieces.data_ptr(), count, table.view.data_ptr())
+    assert torch.equal(table.view, pieces)
+    table.check()
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (1, 1), (7, 3), (300, 2), (33, 5, 4), (9,)])
+def test_keys(host, ops, dtype, shape):
+    x = normal(*shape, dtype=dtype)
+    if x.numel():
+        x.view(-1)[0] = -0.0
+    keys = host.probe_keys(x)
+    assert torch.equal(keys, ops.probe_keys(x))
+    assert torch.equal(keys, reference.probe_keys(x))
+
+
+BATCHES = pytest.mark.parametrize(("probes", "batch"), [(0, 3), (1, 0), (1, 5), (3, 70)])
+
+
+@DTYPES
+@BATCHES
+@pytest.mark.parametrize("features", [0, 1, 2, 3, 4, 5, 31, 127, 128, 129, 300])
+def test_rademacher(host, ops, dtype, features, probes, batch):
+    keys = ops.probe_keys(normal(batch, 2, dtype=dtype))
+    arguments = (keys, -5, probes, features, False, dtype)
+    result = host.probe_sample(*arguments)
+    assert torch.equal(result, ops.probe_sample(*arguments))
+    assert torch.equal(result, reference.probe_sample(*arguments))
+
+
+@DTYPES
+@BATCHES
+@pytest.mark.parametrize("features", [0, 1, 2, 3, 4, 5, 31, 129])
+def test_gaussian(host, ops, dtype, features, probes, batch):
+    keys = ops.probe_keys(normal(batch, 2, dtype=dtype))
+    arguments = (keys, 2**40 + 1, probes, features, True, dtype)
+    result = host.probe_sample(*arguments)
+    close = {"rtol": 1e-13, "atol": 1e-14} if dtype == F64 else {"rtol": 2e-6, "atol": 2e-6}
+    for other in (ops, reference):
+        torch.testing.assert_close(result, other.probe_sample(*arguments), **close)
+
+
+# ---- the order of threads ------------------------------------------------------------------------
+
+
+def everything(host, dtype, size=5000):
+    """What every kernel returns and writes, of one case."""
+    x = Step(size, dtype, offset=1).host
+    dopri5, tol, segments = TABLEAUX["dopri5"], tolerances("host", size), cuts(size, 100)
+    out = torch.full((3, size), NAN, dtype=dtype)
+    host.chunk = 19
+    keys = host.probe_keys(x["y0"].view(-1, 5))
+    results = [
+        host.rk_stage(x["y0"], x["k"], False, [x["fresh"]], dopri5["a"][3], 0.2),
+        host.rk_finish(
+            x["y0"], x["k"], True, [x["fresh"]], x["y1"], dopri5["b"], dopri5["e"], 0.2, *tol,
+            segments, x["ratio"],
+        ),
+        host.rk_initial_norms(x["y0"], x["fresh"], x["y1"], *tol, segments),
+        host.rk_initial_norms(x["y0"], x["fresh"], None, *tol, [0, size]),
+        keys.to(F64),
+        host.probe_sample(keys, 3, 2, 5, False, dtype),
+        host.probe_sample(keys, 3, 2, 5, True, dtype),
+        torch.stack(host.time_tensors([0.1, 0.2], dtype)),
+    ]  # fmt: skip
+    host.rk_interpolate(x["y0"], x["y1"], x["k"], False, dopri5["m"], 0.2, [0.1, 0.5, 0.9], out)
+    return [*results, out, *x.values()]
+
+
+@DTYPES
+def test_every_order_gives_the_same_bits(host, dtype):
+    first = None
+    for seed in SEEDS:
+        host.seed(seed)
+        results = everything(host, dtype)
+        first = first or results
+        for a, b in zip(first, results):
+            assert_same_bits(a, b)
+
+
+def order_of_threads(host):
+    order = torch.full((5 * 96,), -1, dtype=torch.int32)
+    count = torch.zeros(1, dtype=torch.int32)
+    host.call("check_order", count.data_ptr(), order.data_ptr())
+    return order.view(5, 96)
+
+
+def test_orders_come_from_the_seed(host):
+    """Block after block, each with its threads in an order of its own."""
+    orders = []
+    for seed in (1, 2, 1):
+        host.seed(seed)
+        orders.append(order_of_threads(host))
+    first, second, again = orders
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, order_of_threads(host))
+    for order in orders:
+        blocks, threads = order // 96, order % 96
+        assert (blocks == blocks[:, :1]).all()
+        assert torch.equal(blocks[:, 0].sort().values, torch.arange(5, dtype=torch.int32))
+        assert (threads.sort(1).values == torch.arange(96)).all()
+        assert not torch.equal(threads[0], threads[1])
+    assert len({tuple(order[:, 0].tolist()) for order in orders}) == 2
+
+
+# ---- what the stand-in catches -------------------------------------------------------------------
+
+# Of check_next_thread, by their number in checks.cu.
+FAULTS = [
+    "none", "no barrier", "barrier of some", "shuffle of some", "reads from outside", "unwritten",
+    "behind", "before", "not aligned",
+]  # fmt: skip
+
+
+def next_thread(host, fault):
+    out = torch.full((5, 96), NAN, dtype=F64)
+    host.call("check_next_thread", FAULTS.index(fault), out.data_ptr())
+    return out
+
+
+NEXT = 2.0 * ((torch.arange(96, dtype=F64) + 1) % 96).expand(5, 96)
+
+
+def test_a_right_kernel_is_right_in_every_order(host):
+    for seed in SEEDS:
+        host.seed(seed)
+        assert torch.equal(next_thread(host, "none"), NEXT)
+
+
+def test_a_missing_barrier_shows(host):
+    results = []
+    for seed in SEEDS:
+        host.seed(seed)
+        results.append(next_thread(host, "no barrier"))
+        assert not torch.equal(results[-1], NEXT)
+    assert not torch.equal(bits(results[0]), bits(results[1]))
+
+
+def test_shared_memory_that_nobody_wrote_is_nan(host):
+    nan = next_thread(host, "unwritten").isnan()
+    assert nan[:, 6].all() and nan.sum() == 5
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("barrier of some", r"do not come: 95 wait at a barrier, 1 have returned in block \d"),
+        ("shuffle of some", r"do not come: 93 wait for lanes of their warp, 3 have returned"),
+        ("reads from outside", "a lane reads from a lane that takes no part"),
+        ("behind", r"block \d has written outside of its shared memory"),
+        ("before", r"block \d has written outside of its shared memory"),
+        ("not aligned", "an access to memory that is not aligned for it"),
+    ],
+)
+def test_faults_are_reported(host, fault, message):
+    for seed in SEEDS:
+        host.seed(seed)
+        with pytest.raises(RuntimeError, match=f"CUDA error 719: .*{message}"):
+            next_thread(host, fault)
+        assert torch.equal(next_thread(host, "none"), NEXT)
+
+
+def test_exchanges_of_a_warp(host):
+    out = torch.full((12, 32), -7, dtype=torch.int32)
+    host.call("check_exchanges", out.data_ptr())
+    votes = sum(1 << lane for lane in range(0, 32, 3))
+    votes -= (votes >> 31) << 32
+    lanes = range(32)
+    expected = [
+        [5 for _ in lanes],
+        [lane // 8 * 8 + (lane + 9) % 8 for lane in lanes],
+        [lane + 3 if lane + 3 < 32 else lane for lane in lanes],
+        [lane + 3 if lane % 8 + 3 < 8 else lane for lane in lanes],
+        [lane - 3 if lane >= 3 else lane for lane in lanes],
+        [lane - 3 if lane % 8 >= 3 else lane for lane in lanes],
+        [lane ^ 5 for lane in lanes],
+        [lane ^ 9 if lane // 8 % 2 == 1 else lane for lane in lanes],
+        [votes for _ in lanes],
+        [1 for _ in lanes],
+        [0 for _ in lanes],
+        [-1 if lane % 2 == 0 else min(lane + 2, 31) for lane in lanes],
+    ]
+    assert out.tolist() == expected
+
+
+# Ways to let the blocks of a launch run together.
+TOGETHER, NO_BARRIER, BARRIER_OF_SOME, NOT_COOPERATIVE, SPINS, STUCK = range(6)
+
+
+def run_grid(host, how, blocks=7):
+    squares, out = torch.full((2, blocks), NAN, dtype=F64)
+    counter = torch.zeros(1, dtype=torch.int32)
+    host.call("check_grid", how, blocks, *(x.data_ptr() for x in (counter, squares, out)))
+    return out
+
+
+@pytest.mark.parametrize("how", [TOGETHER, SPINS])
+def test_blocks_of_a_cooperative_launch_run_together(host, how):
+    """They wait for each other at the grid's barrier, or each in a loop of its own."""
+    for seed in SEEDS:
+        host.seed(seed)
+        assert run_grid(host, how).tolist() == [2.0 * sum(b * b for b in range(7))] * 7
+
+
+def test_a_missing_grid_barrier_shows(host):
+    results = []
+    for seed in SEEDS:
+        host.seed(seed)
+        results.append(bits(run_grid(host, NO_BARRIER)))
+    assert not all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (BARRIER_OF_SOME, "do not come: 416 wait at the grid's barrier, 32 have returned"),
+        (NOT_COOPERATIVE, "a grid barrier, but the launch is not cooperative"),
+        (STUCK, "wait in a loop for what nobody will write"),
+    ],
+)
+def test_faults_of_a_grid_are_reported(host, how, message):
+    with pytest.raises(RuntimeError, match=f"CUDA error 719: .*{message}"):
+        run_grid(host, how)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "threads", "shared", "code"),
+    [(0, 32, 0, 9), (1, 0, 0, 9), (1, 1025, 0, 9), (1, 32, 48 * 1024 + 1, 1)],
+)
+def test_launches_that_a_gpu_refuses(host, blocks, threads, shared, code):
+    host.call("check_launch", 1, 1024, 48 * 1024)
+    with pytest.raises(RuntimeError, match=f"CUDA error {code}:"):
+        host.call("check_launch", blocks, threads, shared)
+    with pytest.raises(RuntimeError, match="CUDA error 720:"):
+        run_grid(host, TOGETHER, blocks=1000)
