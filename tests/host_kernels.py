@@ -41,6 +41,15 @@ class Tolerance(ctypes.Structure):
     )
 
 
+class Plan(ctypes.Structure):
+    """tests/cuda_host/entry.cpp's."""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("attempt", "times", "h", "outputs", "stops", "report")),
+        *((name, Int64) for name in ("output_count", "stop_count", "report_count")),
+    )
+
+
 SIGNATURES = {
     "stage": [ctypes.c_bool, Pointer, Terms, *[Pointer] * 3, Double, Int64],
     "finish": [
@@ -48,6 +57,17 @@ SIGNATURES = {
         Pointer, Int64,
     ],
     "initial": [ctypes.c_bool, *[Pointer] * 3, Tolerance, Segments, Pointer, Int64],
+    "attempt_stage": [ctypes.c_bool, Pointer, Terms, *[Pointer] * 4, Int64],
+    "attempt_finish": [
+        ctypes.c_bool, Pointer, Terms, Terms, *[Pointer] * 4, Tolerance, Segments, Pointer, Int64,
+    ],
+    "control": [
+        ctypes.c_bool, ctypes.c_bool, ctypes.c_int, Plan, *[ctypes.POINTER(Double)] * 2,
+        ctypes.c_int, Pointer,
+    ],
+    "advance": [
+        ctypes.c_bool, ctypes.c_bool, Plan, *[Pointer] * 4, Terms, Pointer, Int64,
+    ],
     "interpolate": [
         ctypes.c_bool, *[Pointer] * 4, Terms, Double, ctypes.POINTER(Double), Int64, Pointer, Int64,
     ],
@@ -80,6 +100,8 @@ def build(folder):
             raise RuntimeError(f"the kernels do not compile for a host:\n{result.stderr}")
 
     sources = [*(ROOT / "csrc" / "cuda").glob("*.cu"), *SHIM.glob("*.cu"), *SHIM.glob("*.cpp")]
+    # All of it is the runtime's: there are no graphs here.
+    sources.remove(ROOT / "csrc" / "cuda" / "while_graph.cu")
     includes = [f"-I{SHIM}", f"-I{ROOT / 'csrc'}"]
     # The shim has what a sanitizer calls, so its library is not linked.
     checks = "-fsanitize=alignment"
@@ -178,6 +200,56 @@ class HostKernels:
             address(result), y0.numel(),
         )  # fmt: skip
         return result
+
+    # ---- steps that the device chooses -----------------------------------------------------------
+
+    def attempt_stage(self, y0, k, fresh, weights, h):
+        rows = self._rows(k, False)[: len(weights)]
+        out = torch.full_like(y0, float("nan"))
+        self.call(
+            "attempt_stage", y0.dtype == torch.float64, address(y0), terms(rows, weights),
+            address(*fresh or [None]), address(rows[-1]), address(out), address(h), y0.numel(),
+        )  # fmt: skip
+        return out
+
+    def attempt_finish(self, y0, k, fresh, y1, solution, error, h, rtol, atol, segments):
+        rows = self._rows(k, False)
+        result = torch.full((2,), float("nan"), dtype=torch.float64)
+        self.call(
+            "attempt_finish", y0.dtype == torch.float64, address(y0), terms(rows, solution),
+            terms(rows, error), address(*fresh or [None]), address(rows[-1]), address(y1),
+            address(h), self._tolerance(rtol, atol), self._segments(segments), address(result),
+            y0.numel(),
+        )  # fmt: skip
+        return result
+
+    @staticmethod
+    def _plan(plan):
+        counts = [plan[i].numel() for i in (3, 4, 5)]
+        return Plan(*map(address, plan), *counts)
+
+    def _control(self, moment, plan, norms, rule, nodes, time_dtype):
+        self.call(
+            "control", time_dtype == torch.float64, plan[1].dtype == torch.float64, moment,
+            self._plan(plan), doubles(rule), doubles(nodes), len(nodes), address(norms),
+        )  # fmt: skip
+
+    def attempt_begin(self, *arguments):
+        self._control(0, *arguments)
+
+    def attempt_first_step(self, *arguments):
+        self._control(1, *arguments)
+
+    def attempt_decide(self, *arguments):
+        self._control(2, *arguments)
+
+    def attempt_advance(self, plan, y, y1, k, middle, solution, time_dtype):
+        rows = self._rows(k, False)
+        self.call(
+            "advance", time_dtype == torch.float64, y.dtype == torch.float64, self._plan(plan),
+            address(y), address(y1), address(rows[0]), address(rows[-1]), terms(rows, middle),
+            address(solution), y.numel(),
+        )  # fmt: skip
 
     def rk_initial_norms(self, y0, f0, f1, rtol, atol, segments):
         result = torch.full((2,), float("nan"), dtype=torch.float64)

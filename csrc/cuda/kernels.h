@@ -76,11 +76,6 @@ template <typename Time, typename State>
 cudaError_t launch_control(Moment moment, const AttemptPlan<State>& plan, const double* norms,
                            cudaStream_t stream);
 
-// One launch that repeats a recorded attempt until done or failure. cudaErrorNotSupported before
-// CUDA 12.4.
-cudaError_t make_while_graph(cudaGraph_t one_attempt, const Attempt* attempt,
-                             cudaGraphExec_t* result);
-
 // What follows an accepted step: its output times to `solution`, y1 to y, the last row of k to the
 // first; nothing after another.
 template <typename T>

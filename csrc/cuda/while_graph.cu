@@ -1,7 +1,8 @@
-// A solve as one launch: a graph whose body, one attempt, is repeated until the solve has ended.
+// A graph whose body, one attempt, is repeated until the solve has ended.
 
-#include "cuda/device.cuh"
-#include "cuda/kernels.h"
+#include "cuda/while_graph.h"
+
+#include <cuda_runtime.h>
 
 namespace pycnf {
 

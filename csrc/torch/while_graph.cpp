@@ -4,7 +4,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "cuda/kernels.h"
+#include "cuda/while_graph.h"
 
 namespace pycnf {
 namespace {

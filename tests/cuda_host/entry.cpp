@@ -26,10 +26,28 @@ struct Segments {
   int64_t chunk;           // of norm ranges, 0: the usual
 };
 
+// The tensors of core/attempt.h's AttemptPlan.
+struct Plan {
+  double* attempt;
+  void* times;
+  void* h;
+  const double* outputs;
+  const double* stops;
+  double* report;
+  int64_t output_count, stop_count, report_count;
+};
+
 // Calls body(T()) with T = double if `wide`, else float.
 template <typename Body>
 cudaError_t in_dtype(bool wide, const Body& body) {
   return wide ? body(double()) : body(float());
+}
+
+// The same for the dtypes of time and state; time is not the coarser of the two.
+template <typename Body>
+cudaError_t in_types(bool wide_time, bool wide, const Body& body) {
+  if (wide) return body(double(), double());
+  return wide_time ? body(double(), float()) : body(float(), float());
 }
 
 template <typename T>
@@ -121,6 +139,81 @@ cudaError_t finish(bool wide, const void* y0, Terms solution, Terms error, const
                                       static_cast<T*>(fresh_row), static_cast<T*>(y1),
                                       static_cast<T*>(ratio),     in_dtype_of<T>(tolerance)};
     return pycnf::launch_finish(p, norm.layout(), norm.partials(), result, nullptr);
+  });
+}
+
+// ---- steps that the device chooses: h is in device memory ----
+
+cudaError_t attempt_stage(bool wide, const void* y0, Terms terms, const void* fresh,
+                          void* fresh_row, void* out, const void* h, int64_t size) {
+  return in_dtype(wide, [&](auto zero) {
+    using T = decltype(zero);
+    pycnf::StageParams<T> p = {static_cast<const T*>(y0), weighted<T>(terms, 1.),
+                               static_cast<const T*>(fresh), static_cast<T*>(fresh_row),
+                               static_cast<T*>(out)};
+    p.terms.scale = static_cast<const T*>(h);
+    return pycnf::launch_stage(p, size, nullptr);
+  });
+}
+
+cudaError_t attempt_finish(bool wide, const void* y0, Terms solution, Terms error,
+                           const void* fresh, void* fresh_row, void* y1, const void* h,
+                           pycnf::Tolerance<double> tolerance, Segments segments, double* result,
+                           int64_t size) {
+  Norm norm(segments, size);
+  if (const auto failure = norm.store_pieces(); failure != cudaSuccess) return failure;
+  return in_dtype(wide, [&](auto zero) {
+    using T = decltype(zero);
+    pycnf::FinishParams<T> p = {static_cast<const T*>(y0),
+                                weighted<T>(solution, 1.),
+                                weighted<T>(error, 1.),
+                                static_cast<const T*>(fresh),
+                                static_cast<T*>(fresh_row),
+                                static_cast<T*>(y1),
+                                nullptr,
+                                in_dtype_of<T>(tolerance)};
+    p.solution.scale = p.error.scale = static_cast<const T*>(h);
+    return pycnf::launch_finish(p, norm.layout(), norm.partials(), result, nullptr);
+  });
+}
+
+cudaError_t control(bool wide_time, bool wide, int moment, Plan plan, const double* rule,
+                    const double* nodes, int node_count, const double* norms) {
+  return in_types(wide_time, wide, [&](auto time, auto zero) {
+    using T = decltype(zero);
+    pycnf::AttemptPlan<T> p = {};
+    p.rule = {rule[0],      rule[1],      rule[2],      rule[3],    rule[4], rule[5],
+              int(rule[6]), int(rule[7]), rule[8] != 0, node_count, {}};
+    std::copy(nodes, nodes + node_count, p.rule.c);
+    p.outputs = plan.outputs;
+    p.output_count = plan.output_count;
+    p.stops = plan.stops;
+    p.stop_count = plan.stop_count;
+    p.attempt = reinterpret_cast<pycnf::Attempt*>(plan.attempt);
+    p.times = static_cast<T*>(plan.times);
+    p.h = static_cast<T*>(plan.h);
+    p.report = plan.report;
+    p.report_count = plan.report_count;
+    return pycnf::launch_control<decltype(time)>(pycnf::Moment(moment), p, norms, nullptr);
+  });
+}
+
+cudaError_t advance(bool wide_time, bool wide, Plan plan, void* y, const void* y1, void* first_row,
+                    const void* last_row, Terms middle, void* solution, int64_t size) {
+  return in_types(wide_time, wide, [&](auto time, auto zero) {
+    using T = decltype(zero);
+    pycnf::AdvanceParams<T> p = {};
+    p.attempt = reinterpret_cast<const pycnf::Attempt*>(plan.attempt);
+    p.outputs = plan.outputs;
+    p.y = static_cast<T*>(y);
+    p.y1 = static_cast<const T*>(y1);
+    p.first_row = static_cast<T*>(first_row);
+    p.last_row = static_cast<const T*>(last_row);
+    p.middle = weighted<T>(middle, 1.);
+    p.h = p.middle.scale = static_cast<const T*>(plan.h) + 1;
+    p.solution = static_cast<T*>(solution);
+    p.size = size;
+    return pycnf::launch_advance<decltype(time)>(p, nullptr);
   });
 }
 

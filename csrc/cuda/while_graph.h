@@ -1,0 +1,15 @@
+// A solve as one launch. No torch here.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/attempt.h"
+
+namespace pycnf {
+
+// One launch that repeats a recorded attempt until done or failure. cudaErrorNotSupported before
+// CUDA 12.4.
+cudaError_t make_while_graph(cudaGraph_t one_attempt, const Attempt* attempt,
+                             cudaGraphExec_t* result);
+
+}  // namespace pycnf
