@@ -77,6 +77,13 @@ class Accepted:
     outputs: range = range(0)
 
 
+def _home(tolerance: Any, y0: Tensor) -> torch.device:
+    """Where a tolerance is kept: a number on the host stays there, for a GPU to be told."""
+    if isinstance(tolerance, Tensor) and tolerance.dim() == 0:
+        return tolerance.device
+    return y0.device if isinstance(tolerance, Tensor) else torch.device("cpu")
+
+
 def _tolerance(name: str, tolerance: Tensor, y0: Tensor) -> Tensor:
     """float64: 0-dim for one number, else one value per value of the state.
 
@@ -84,7 +91,7 @@ def _tolerance(name: str, tolerance: Tensor, y0: Tensor) -> Tensor:
     dtype of time; one value per value makes the kernels do so.
     """
     if tolerance.dim() == 0 and y0.dim() > 0:
-        return tolerance.cpu().double()
+        return tolerance.double()
     shape = y0.shape if y0.dim() > 0 else torch.Size([1])
     if tolerance.numel() == 1:
         tolerance = tolerance.reshape(1)
@@ -157,7 +164,7 @@ class AdaptiveSolver:
         self.own_norm = segments is not None
         # As torch's promotion would have them: for norms that only their own code can compute.
         self.tolerances = {
-            name: numbers(name, value, self.dtype, y0.device)
+            name: numbers(name, value, self.dtype, _home(value, y0))
             for name, value in (("rtol", problem.rtol), ("atol", problem.atol))
         }
         self.rows = Rows(
@@ -185,7 +192,7 @@ class AdaptiveSolver:
             if (solution := replayed(self)) is not None:
                 return solution
         times = self.problem.s.to(self.dtype)
-        values = times.tolist()
+        values = [self.round(time) for time in self.problem.times]
         check_finite_times(values[0], values[-1])
         y0 = self.problem.y0
         solution = torch.empty((len(values), *y0.shape), dtype=y0.dtype, device=y0.device)
@@ -223,7 +230,7 @@ class AdaptiveSolver:
             warn("cuda_graph: events and dense output look at every step; solved without")
         problem = self.problem
         y0 = problem.y0
-        self.s = times[0].item()
+        self.s = self.round(problem.times[0])
         if times.requires_grad and torch.is_grad_enabled():
             self.s_graph = times[0]
         fresh = self._evaluate_start(self.round_state(self.s))

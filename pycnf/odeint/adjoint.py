@@ -118,6 +118,8 @@ def _solve_intervals(
     """
     state = _start(field, y[-1], grad[-1].clone())
     time_grads = []
+    # An event's time is known to the device only.
+    known = field.problem.times if field.problem.event_fn is None else None
     for i in range(len(s) - 1, 0, -1):
         if time_gradient:
             along = _along(field.value(s[i], y[i]), grad[i])
@@ -126,6 +128,7 @@ def _solve_intervals(
         interval = make_problem(
             field, tuple(state), s[i - 1 : i + 1].flip(0), arguments["rtol"], arguments["atol"],
             arguments["method"], arguments["options"], SOLVERS,
+            times=None if known is None else [known[i], known[i - 1]],
         )  # fmt: skip
         interval.seen, field.solve = _SEEN, interval
         if torch.is_grad_enabled():

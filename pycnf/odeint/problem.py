@@ -146,8 +146,12 @@ def make_problem(
     options: dict[str, Any] | None,
     solvers: dict[str, Any],
     event_fn: Callable | None = None,
+    times: list[float] | None = None,
 ) -> Problem:
     """Checks the arguments in torchdiffeq's order.
+
+    Args:
+        times: the numbers of t where they are known, which saves reading them from a GPU.
 
     Raises:
         AssertionError, TypeError, ValueError: with torchdiffeq's texts.
@@ -175,7 +179,8 @@ def make_problem(
         names = '{"' + '", "'.join(solvers) + '"}'
         raise ValueError(f'Invalid method "{method}". Must be one of {names}.')
     norm = options.pop("norm", norm)
-    times = output_times(t)
+    if times is None:
+        times = output_times(t, remember=bool(options.get("cuda_graph")))
     sign = -1 if len(times) > 1 and times[0] > times[1] else 1
     s = t
     if sign < 0:
