@@ -10,10 +10,11 @@ import gc
 import importlib
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
-from problems import ADAPTIVE, as_tuple
+from problems import ADAPTIVE, as_tuple, outcome, raised
 from torch.testing import assert_close
 
 import pycnf
@@ -359,6 +360,7 @@ class Queue:
         class Recorded:
             def __init__(self, work, device):
                 self.work, self.runs = work, 0
+                self.random = self.graph = None
 
             def __call__(self):
                 self.runs += 1
@@ -391,6 +393,63 @@ def test_replays_beyond_the_end_change_nothing(monkeypatch):
     assert min(late) >= 1
     # The start, and what runs ahead.
     assert queue.longest <= 1 + replay._AHEAD
+
+
+class Loop:
+    """A stand-in for a WHILE graph: attempts until the device says stop."""
+
+    def __init__(self, queue, step, attempt):
+        self.queue, self.step, self.attempt = queue, step, attempt
+        self.launches = 0
+
+    def launch(self):
+        self.launches += 1
+        self.queue.waiting.append(self.run)
+
+    def run(self):
+        done, failure = (replay._FIELD[name] for name in ("done", "failure"))
+        while not (self.attempt[done] or self.attempt[failure]):
+            self.step.work()
+
+
+@pytest.mark.parametrize("case", ["solves", *FAILURES])
+def test_all_attempts_as_one_launch(monkeypatch, case):
+    """Once an attempt has been replayed, unless it draws random numbers."""
+    kind, y0, keywords = FAILURES.get(case, (Swing, state(), {}))
+    field, t = kind(), torch.linspace(0, 5, 4, dtype=F64)
+    queue = Queue(monkeypatch)
+    made = []
+
+    def make(graph, attempt):
+        (recorded,) = kept(field)
+        made.append(Loop(queue, recorded.step, attempt))
+        return made[-1]
+
+    monkeypatch.setattr(replay._C, "WhileGraph", make, raising=False)
+    results = []
+    for i in range(4):
+        results.append(outcome(lambda: solve(field, y0, t, True, **keywords)))
+        while queue.waiting:
+            queue.work()
+        if i == 1:
+            (recorded,) = kept(field)
+            recorded.step.graph = SimpleNamespace(raw_cuda_graph=lambda: 1)
+            recorded.step.random = False
+    assert [loop.launches for loop in made] == [2]
+    host = outcome(lambda: solve(field, y0, t, False, **keywords))
+    if raised(host):
+        assert len(set(results)) == 1
+    else:
+        assert all(torch.equal(ys, host[0]) and counts == host[1] for ys, counts in results)
+
+
+def test_random_fields_are_replayed_attempt_by_attempt(monkeypatch):
+    field, t = Swing(), torch.linspace(0, 2, 4, dtype=F64)
+    monkeypatch.setattr(replay._C, "WhileGraph", None, raising=False)
+    solve(field, state(), t, True)
+    (recorded,) = kept(field)
+    recorded.step.random = True
+    assert_same(field, state(), t)
 
 
 def test_what_cannot_be_captured_is_said_once_and_solved(monkeypatch):

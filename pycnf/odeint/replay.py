@@ -170,6 +170,8 @@ class _Recorded:
         self.work, self.device = work, device
         self.warm = False
         self.graph: Any = None
+        # Whether replays draw random numbers; None before the first.
+        self.random: bool | None = None
 
     def __call__(self) -> None:
         if self.device.type != "cuda":
@@ -184,14 +186,20 @@ class _Recorded:
         else:
             if self.graph is None:
                 self.graph = self._record()
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            offset = generator.get_offset() if self.random is None else 0
             self.graph.replay()
+            if self.random is None:
+                self.random = generator.get_offset() != offset
 
     def _record(self) -> Any:
-        graph = torch.cuda.CUDAGraph()
+        # The graph itself is kept for `_loop`.
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         try:
             # Other threads may go on allocating.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.work()
+            graph.instantiate()
         except RuntimeError as error:
             raise _NotCaptured(str(error).partition("\n")[0]) from error
         return graph
@@ -245,6 +253,8 @@ class Replay:
         self.stage_times = self.times.unbind()
         self.begin = _Recorded(self._begin, device)
         self.step = _Recorded(self._attempt, device)
+        # All attempts as one launch; False where that cannot be.
+        self.loop: Any = None
 
     # ---- what is recorded ------------------------------------------------------------------------
 
@@ -311,20 +321,43 @@ class Replay:
             self.first_step.copy_(first, non_blocking=True)
         self.report[: _C.report_numbers] = 0
         self.begin()
-        launched = 0
-        while True:
-            attempts, done, failure, accepted = self.report[: _C.report_numbers].tolist()
-            if done or failure:
-                break
-            if launched - attempts < _AHEAD:
-                self.step()
-                launched += 1
-            else:
-                time.sleep(0)
+        attempts, failure, accepted = self._run()
         self._count(problem, int(attempts), int(accepted))
         if failure:
             self._raise(int(failure))
         return self.solution.clone()
+
+    def _run(self) -> tuple[float, float, float]:
+        """Makes attempts until the end: how many, why it came early (0: it did not), and how many
+        were accepted.
+        """
+        loop = self._whole()
+        if loop:
+            loop.launch()
+        launched = 0
+        while True:
+            attempts, done, failure, accepted = self.report[: _C.report_numbers].tolist()
+            if done or failure:
+                return attempts, failure, accepted
+            if not loop and launched - attempts < _AHEAD:
+                self.step()
+                launched += 1
+            else:
+                time.sleep(0)
+
+    def _whole(self) -> Any:
+        """All attempts as one launch, once an attempt is recorded and known to draw no random
+        numbers: only replays draw new ones.
+        """
+        if self.loop is None and self.step.random is not None:
+            self.loop = False
+            if not self.step.random:
+                try:
+                    graph = self.step.graph.raw_cuda_graph()
+                    self.loop = _C.WhileGraph(graph, self.attempt)
+                except RuntimeError:
+                    pass  # a driver before CUDA 12.4, or work that such a graph cannot hold
+        return self.loop
 
     def _count(self, problem: Problem, attempts: int, accepted: int) -> None:
         stats = problem.stats
