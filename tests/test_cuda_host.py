@@ -706,7 +706,8 @@ SOLVES = {
 def test_solves(host, monkeypatch, method, dtype, size, case):
     """As the solver's on the CPU, in as many steps; the same bits for every order of threads."""
     replay = importlib.import_module("pycnf.odeint.replay")
-    monkeypatch.setattr(replay, "_DEVICES", ("cpu",))
+    recording = importlib.import_module("pycnf.odeint.recording")
+    monkeypatch.setattr(recording, "_DEVICES", ("cpu",))
     monkeypatch.setattr(replay, "kernels", lambda y: host)
     times, options = SOLVES[case]
     y0, t = normal(size, dtype=dtype), torch.tensor(times, dtype=dtype)

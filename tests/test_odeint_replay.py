@@ -14,11 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from problems import ADAPTIVE, as_tuple, outcome, raised
+from problems import ADAPTIVE, FIXED, as_tuple, outcome, raised
 from torch.testing import assert_close
 
 import pycnf
 
+recording = importlib.import_module("pycnf.odeint.recording")
 replay = importlib.import_module("pycnf.odeint.replay")
 F32, F64 = torch.float32, torch.float64
 
@@ -58,8 +59,8 @@ class Tape(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch):
-    monkeypatch.setattr(replay, "_DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(replay, "_kept", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(recording, "_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(recording, "_kept", weakref.WeakKeyDictionary())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -187,6 +188,68 @@ def test_seminorm():
     assert all(torch.equal(a, b) for a, b in zip(gradients(cuda_graph=True), expected))
 
 
+# ---- on a grid -----------------------------------------------------------------------------------
+
+EXPLICIT = [method for method in FIXED if "adams" not in method]
+GRIDS = {
+    "of t": {},
+    "step_size": {"step_size": 0.13},
+    "cubic": {"step_size": 0.3, "interp": "cubic"},
+    "perturb": {"perturb": True},
+    "grid_constructor": {
+        "grid_constructor": lambda f, y, t: torch.linspace(
+            float(t[0]), float(t[-1]), 6, dtype=t.dtype
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("options", GRIDS)
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("method", EXPLICIT)
+def test_grids_bit_for_bit(method, dtype, times, options):
+    t = torch.tensor(TIMES[times], dtype=dtype)
+    assert_same(Swing(dtype), state(dtype), t, method=method, options=GRIDS[options])
+
+
+@pytest.mark.parametrize("times", ["two", "many in a step", "descending"])
+def test_adjoint_on_a_grid(times):
+    field, t = Pair(), torch.tensor(TIMES[times], dtype=F64)
+
+    def gradients(**options):
+        y0 = state().requires_grad_()
+        ys = pycnf.odeint_adjoint(
+            field, (y0, y0[:, 0]), t, method="rk4", options={"step_size": 0.2, **options}
+        )
+        loss = sum(part.square().sum() for part in ys)
+        grads = torch.autograd.grad(loss, (y0, *field.parameters()))
+        stats = pycnf.last_stats()
+        return grads, (stats.evaluations, stats.backward.evaluations, stats.backward.accepted)
+
+    expected, counts = gradients()
+    for _ in range(2):
+        mine, own = gradients(cuda_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(mine, expected))
+        assert own == counts
+
+
+def test_a_recording_for_each_grid():
+    field = Swing()
+    for end in (1.0, 2.0, 1.0):
+        t = torch.tensor([0.0, end], dtype=F64)
+        for options in ({}, {"step_size": 0.25}, {"step_size": 0.25, "perturb": True}):
+            assert_same(field, state(), t, method="midpoint", options=options)
+    assert len(kept(field)) == 6
+
+
+@pytest.mark.parametrize("method", ["implicit_adams", "explicit_adams", "gl4"])
+def test_methods_that_read_what_they_compute(method):
+    t = torch.linspace(0, 1, 5, dtype=F64)
+    with pytest.warns(UserWarning, match=f"^cuda_graph: {method} steps by what the host reads"):
+        solve(Swing(), state(), t, True, method=method, rtol=0.1, atol=0.1)
+
+
 # ---- what ends a solve early ---------------------------------------------------------------------
 
 
@@ -268,9 +331,14 @@ def test_obstacles_of_the_state(monkeypatch):
     )
     with pytest.warns(UserWarning, match='gradient="joined" stops where'):
         ys.sum().backward()
+    with pytest.warns(UserWarning, match="an event is looked for after every step"):
+        pycnf.odeint(
+            Tape(), torch.ones(1, dtype=F64), t, method="rk4",
+            event_fn=lambda t, y: y - 0.5, options={"step_size": 0.1, **options},
+        )  # fmt: skip
     with pytest.warns(UserWarning, match="events and dense output look at every step"):
         pycnf.odeint_dense(Swing(), state(), 0.0, 1.0, options=options)
-    monkeypatch.setattr(replay, "_DEVICES", ("cuda",))
+    monkeypatch.setattr(recording, "_DEVICES", ("cuda",))
     with pytest.warns(UserWarning, match="the state is on cpu, not on a GPU"):
         solve(Swing(), state(), t, True)
 
@@ -279,7 +347,7 @@ def test_obstacles_of_the_state(monkeypatch):
 
 
 def kept(field):
-    return list(replay._kept.get(field, {}).values())
+    return list(recording._kept.get(field, {}).values())
 
 
 def test_one_recording_for_equal_solves():
@@ -309,7 +377,7 @@ def test_recorded_anew_where_parameters_have_moved():
 
 
 def test_only_the_newest_are_kept(monkeypatch):
-    monkeypatch.setattr(replay, "_KEPT", 2)
+    monkeypatch.setattr(recording, "_KEPT", 2)
     field = Swing()
     for outputs in range(2, 6):
         solve(field, state(), torch.linspace(0, 1, outputs, dtype=F64), True)
@@ -365,11 +433,11 @@ class Queue:
             def __call__(self):
                 self.runs += 1
                 if refuses and self.runs > 1:
-                    raise replay._NotCaptured("operation not permitted")
+                    raise recording.NotCaptured("operation not permitted")
                 queue.waiting.append(self.work)
                 queue.longest = max(queue.longest, len(queue.waiting))
 
-        monkeypatch.setattr(replay, "_Recorded", Recorded)
+        monkeypatch.setattr(replay, "Recorded", Recorded)
         monkeypatch.setattr(replay.time, "sleep", lambda seconds: queue.work())
 
     def work(self):

@@ -62,6 +62,7 @@ class AdamsBashforth(ExplicitGridSolver):
         options: of every method on a grid.
     """
 
+    one_loop = False
     # No step stands for itself.
     _plain_steps = FixedGridSolver._plain_steps
 

@@ -21,7 +21,7 @@ from pycnf.odeint.autocast import autocast_of_now
 from pycnf.odeint.joined import JoinedSolver
 from pycnf.odeint.norms import AdjointNorm, flat_to_shapes
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
-from pycnf.odeint.replay import Borrowed
+from pycnf.odeint.recording import Borrowed
 from pycnf.odeint.solve import SOLVERS, adaptive_methods, make_solver, solve_without_graph
 from pycnf.odeint.stats import SolveStats
 from pycnf.odeint.until_event import solve_until_event

@@ -22,6 +22,8 @@ from pycnf.odeint.stepper import combine
 class ExplicitGridSolver(FixedGridSolver):
     """One solve; see the module."""
 
+    one_loop = True
+
     def _plain_steps(
         self, grid: Tensor, values: list[float], outputs: list[float], solution: Tensor
     ) -> Begun:

@@ -16,6 +16,7 @@ from torch import Tensor
 from pycnf._ops import time_tensors
 from pycnf.odeint import rounding
 from pycnf.odeint.arguments import check_step_size, warn_unused
+from pycnf.odeint.grid_replay import replayed_grid
 from pycnf.odeint.problem import Problem
 from pycnf.odeint.tableau import Tableau
 
@@ -49,10 +50,16 @@ class Begun(NamedTuple):
 class FixedGridSolver(abc.ABC):
     """One solve; see the module.
 
+    Attributes:
+        one_loop: whether nothing that a step does depends on the state's values.
+
     Args:
         tape: receives the state at the start of every step, with the step.
+        cuda_graph: replays the recorded solve, see `grid_replay`, where that can be done.
         unused: options that the method does not have.
     """
+
+    one_loop = False
 
     def __init__(
         self,
@@ -65,6 +72,7 @@ class FixedGridSolver(abc.ABC):
         grid_constructor: Callable | None = None,
         interp: str = "linear",
         perturb: bool = False,
+        cuda_graph: bool = False,
         **unused: Any,
     ) -> None:
         warn_unused(name, unused)
@@ -74,6 +82,7 @@ class FixedGridSolver(abc.ABC):
         self.atol = problem.atol  # of an event's time
         self.step_size, self.grid_constructor = step_size, grid_constructor
         self.interp, self.perturb = interp, bool(perturb)
+        self.cuda_graph = bool(cuda_graph)
         self.round = rounding.rounding(problem.s.dtype)
 
     def grid(self, s: Tensor) -> Tensor:
@@ -106,11 +115,18 @@ class FixedGridSolver(abc.ABC):
         """States at the output times, [T, *y0.shape]."""
         problem = self.problem
         s, y0 = problem.s, problem.y0
-        grid = self.grid(s) if grid is None else grid
+        if grid is None:
+            # Reading a GPU would wait for it.
+            known = not s.requires_grad and self.grid_constructor is None
+            grid = self.grid(torch.tensor(problem.times, dtype=s.dtype) if known else s)
         values, outputs = grid.tolist(), problem.times
         assert values[0] == outputs[0] and values[-1] == outputs[-1], (
             "the grid must begin and end as t does"
         )
+        if self.cuda_graph:
+            self.cuda_graph = False
+            if (solution := replayed_grid(self, values)) is not None:
+                return solution
         grad = torch.is_grad_enabled()
         times_graph = grad and (grid.requires_grad or s.requires_grad)
         graph = times_graph or (grad and y0.requires_grad)

@@ -13,131 +13,64 @@ from __future__ import annotations
 import functools
 import threading
 import time
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pycnf._build import _C
-from pycnf._ops import has_kernels, kernels, time_tensors
+from pycnf._ops import kernels, time_tensors
 from pycnf.odeint.problem import Problem
+from pycnf.odeint.recording import Recorded, borrowed, count_evaluations, from_recording
 from pycnf.odeint.rounding import real_dtype
 from pycnf.odeint.stats import SolveStats
-from pycnf.warn import warn
 
 if TYPE_CHECKING:
     from pycnf.odeint.adaptive import AdaptiveSolver
 
 _FIELD = {name: i for i, name in enumerate(_C.attempt_fields)}
-# In torch/attempt_plan.h: Failure.
-_TOO_MANY_STEPS, _UNDERFLOW, _NON_FINITE = 1, 2, 3
+# In core/attempt.h: Failure.
+_TOO_MANY_STEPS, _UNDERFLOW = 1, 2
 # Accepted steps whose sizes are reported.
 _SIZES = 2**14
 # Replays under way: one runs while the next waits, so the device never does.
 _AHEAD = 2
-# Recorded solves of one field that are kept.
-_KEPT = 8
-_DEVICES = ("cuda",)
-
-_kept: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, Replay | None]] = (
-    weakref.WeakKeyDictionary()
-)
+# Seconds without news after which it is looked at whether the device is still at work.
+_PATIENCE = 0.5
 
 
 def replayed(solver: AdaptiveSolver) -> Tensor | None:
-    """The solution of a solve by replays, [T, *y0.shape]; None, with a warning that says why, where
-    it has to be solved with the host in the loop.
-    """
+    """The solution of an adaptive solve by replays; see `from_recording`."""
     if len(solver.problem.s) == 1:
         return None  # nothing to repeat
     reason = _obstacle(solver)
-    if reason is not None:
-        warn(f"cuda_graph: {reason}; solved without")
-        return None
-    owner = _owner(solver.problem)
-    replays = _kept.setdefault(owner, OrderedDict())
-    key = _key(solver, owner)
-    if key not in replays:
-        replays[key] = Replay(solver)
-        while len(replays) > _KEPT:
-            replays.popitem(last=False)
-    replays.move_to_end(key)
-    replay = replays[key]
-    if replay is None or not replay.lock.acquire(blocking=False):
-        return None  # not to be captured, as was said, or at work for another thread
-    try:
-        return replay.solve(solver)
-    except _NotCaptured as error:
-        replays[key] = None
-        warn(f"cuda_graph: {type(owner).__name__} cannot be captured ({error}); solved without")
-        return None
-    finally:
-        replay.lock.release()
-
-
-def _owner(problem: Problem) -> Any:
-    """The user's field, which an adjoint problem's field has behind it."""
-    return getattr(problem.func, "owner", problem.func)
+    settings = () if reason is not None else _settings(solver)
+    return from_recording(solver, reason, settings, lambda: Replay(solver))
 
 
 def _obstacle(solver: AdaptiveSolver) -> str | None:
-    """Why a solve cannot be replayed, None if it can."""
-    problem = solver.problem
-    y0, owner = problem.y0, _owner(problem)
-    if y0.device.type not in _DEVICES:
-        return f"the state is on {y0.device}, not on a GPU"
-    if not has_kernels(y0.dtype, y0.device):
+    """What of a solver's cannot be done without the host."""
+    y0 = solver.problem.y0
+    if y0.dtype not in (torch.float32, torch.float64):
         return f"there are no kernels for {y0.dtype}"
-    if not isinstance(owner, nn.Module):
-        return (
-            f"func is a {type(owner).__name__}, no nn.Module, so a change of its parameters' "
-            "storage would go unseen"
-        )
-    if y0.is_cuda and torch.cuda.is_current_stream_capturing():
-        return "a capture is under way"
     if type(solver).__name__ != "AdaptiveSolver":
         return 'gradient="joined" stops where a cotangent comes in'
     if solver.tape is not None:
         return 'gradient="discrete" keeps every step'
-    if torch.is_grad_enabled() and any(
-        x.requires_grad for x in (y0, problem.s, *owner.parameters())
-    ):
-        return "gradients flow through the solver's operations; odeint_adjoint's do not"
     if not solver.own_norm:
         return "a norm of your own is computed on the host"
-    if problem.callbacks:
-        return f"there are callbacks: {', '.join(problem.callbacks)}"
     if solver.given_stops["jump_t"] is not None:
         return "jump_t evaluates the field a second time at a jump"
-    if any(each.requires_grad for each in problem.options.values() if isinstance(each, Tensor)):
-        return "gradients flow to an option"
     return None
 
 
-def _key(solver: AdaptiveSolver, owner: nn.Module) -> tuple:
-    """What a recorded solve depends on, but for the numbers that it reads from memory."""
-    problem, y0 = solver.problem, solver.problem.y0
-    held = (*owner.parameters(), *owner.buffers(), *getattr(problem.func, "params", ()))
+def _settings(solver: AdaptiveSolver) -> tuple:
     return (
-        type(problem.func),
-        tuple((x.data_ptr(), x.shape, x.requires_grad) for x in held),
-        tuple(module.training for module in owner.modules()),
-        torch.cuda.current_stream(y0.device).cuda_stream if y0.is_cuda else 0,
-        torch.is_autocast_enabled(y0.device.type) and torch.get_autocast_dtype(y0.device.type),
-        y0.shape,
-        y0.dtype,
-        y0.device,
-        problem.method,
-        problem.sign,
-        tuple(problem.shapes or ()),
-        len(problem.s),
         solver.dtype,
         solver.limits,
-        tuple(problem.segments()),
+        tuple(solver.problem.segments()),
         tuple(
             x.item() if x.dim() == 0 and x.device.type == "cpu" else x.data_ptr()
             for x in (solver.rows.rtol, solver.rows.atol)
@@ -155,56 +88,6 @@ def _stops(solver: AdaptiveSolver) -> list[float]:
     return solver.stops["step_t"][solver.next_stop["step_t"] :]
 
 
-class _NotCaptured(Exception):
-    """A field that does what no CUDA graph can hold."""
-
-
-class _Recorded:
-    """Work on tensors that stay where they are: done as written the first time, recorded the
-    second, replayed from then on.
-
-    The first time brings libraries and caches to where a recording can do without setting them up.
-    """
-
-    def __init__(self, work: Callable[[], None], device: torch.device) -> None:
-        self.work, self.device = work, device
-        self.warm = False
-        self.graph: Any = None
-        # Whether replays draw random numbers; None before the first.
-        self.random: bool | None = None
-
-    def __call__(self) -> None:
-        if self.device.type != "cuda":
-            self.work()
-        elif not self.warm:
-            side, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                self.work()
-            current.wait_stream(side)
-            self.warm = True
-        else:
-            if self.graph is None:
-                self.graph = self._record()
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            offset = generator.get_offset() if self.random is None else 0
-            self.graph.replay()
-            if self.random is None:
-                self.random = generator.get_offset() != offset
-
-    def _record(self) -> Any:
-        # The graph itself is kept for `_loop`.
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        try:
-            # Other threads may go on allocating.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.work()
-            graph.instantiate()
-        except RuntimeError as error:
-            raise _NotCaptured(str(error).partition("\n")[0]) from error
-        return graph
-
-
 class Replay:
     """One solve in memory of its own, to be repeated from other states and at other times.
 
@@ -218,9 +101,7 @@ class Replay:
         stats = SolveStats(problem.method)
         y0 = problem.y0
         self.y = torch.empty_like(y0)
-        # The field is the caller's to keep: a recorded solve goes when it goes.
-        func = problem.func
-        func = func.recorded() if hasattr(func, "recorded") else Borrowed(func)
+        func = borrowed(problem)
         self.problem = replace(problem, func=func, y0=self.y, s=problem.s[:0], stats=stats)
         if hasattr(func, "solve"):
             func.solve = self.problem
@@ -251,8 +132,8 @@ class Replay:
         self.first_step = None if solver.first_step is None else numbers(1)
         self.solution = torch.empty(len(problem.s), *y0.shape, dtype=y0.dtype, device=device)
         self.stage_times = self.times.unbind()
-        self.begin = _Recorded(self._begin, device)
-        self.step = _Recorded(self._attempt, device)
+        self.begin = Recorded(self._begin, device)
+        self.step = Recorded(self._attempt, device)
         # All attempts as one launch; False where that cannot be.
         self.loop: Any = None
 
@@ -334,16 +215,30 @@ class Replay:
         loop = self._whole()
         if loop:
             loop.launch()
-        launched = 0
-        while True:
-            attempts, done, failure, accepted = self.report[: _C.report_numbers].tolist()
-            if done or failure:
-                return attempts, failure, accepted
-            if not loop and launched - attempts < _AHEAD:
-                self.step()
-                launched += 1
-            else:
-                time.sleep(0)
+        launched, heard, news = 0, -1, time.monotonic()
+        try:
+            while True:
+                attempts, done, failure, accepted = self.report[: _C.report_numbers].tolist()
+                if done or failure:
+                    return attempts, failure, accepted
+                if attempts != heard:
+                    heard, news = attempts, time.monotonic()
+                if not loop and launched - attempts < _AHEAD:
+                    self.step()
+                    launched += 1
+                elif time.monotonic() - news > _PATIENCE and self._idle():
+                    raise RuntimeError("the GPU has stopped amid a recorded solve")
+                else:
+                    time.sleep(0)
+        except BaseException:
+            # What is under way still writes the report, which the next solve begins with.
+            if self.y.is_cuda:
+                torch.cuda.current_stream(self.y.device).synchronize()
+            raise
+
+    def _idle(self) -> bool:
+        """Whether the device has nothing left to do; an error of its kernels shows here too."""
+        return not self.y.is_cuda or torch.cuda.current_stream(self.y.device).query()
 
     def _whole(self) -> Any:
         """All attempts as one launch, once an attempt is recorded and known to draw no random
@@ -362,10 +257,7 @@ class Replay:
     def _count(self, problem: Problem, attempts: int, accepted: int) -> None:
         stats = problem.stats
         before = 1 if self.first_step is not None else 2
-        evaluations = before + attempts * (self.tableau.stages - 1)
-        stats.evaluations += evaluations
-        if hasattr(problem.func, "stats"):
-            problem.func.stats.evaluations += evaluations
+        count_evaluations(problem, before + attempts * (self.tableau.stages - 1))
         stats.accepted += accepted
         stats.rejected += attempts - accepted
         begin = _C.report_numbers
@@ -379,13 +271,3 @@ class Replay:
         if failure == _UNDERFLOW:
             raise AssertionError(f"underflow in dt {numbers['size']}")
         raise AssertionError(f"non-finite values in state `y`: {self.y}")
-
-
-class Borrowed:
-    """A field that is somebody else's."""
-
-    def __init__(self, func: Callable) -> None:
-        self.func = weakref.ref(func)
-
-    def __call__(self, t: Tensor, y: Any) -> Any:
-        return self.func()(t, y)

@@ -20,6 +20,7 @@ from pycnf.odeint.fixed_grid import Ends, FixedGridSolver, cubic_hermite, proble
 from pycnf.odeint.problem import Problem
 from pycnf.odeint.stepper import Rows
 from pycnf.odeint.user_solver import UserSolver
+from pycnf.warn import warn
 
 _MAX_FIXED_STEPS = 20000
 
@@ -89,6 +90,8 @@ def _adaptively(solver: AdaptiveSolver) -> tuple[Tensor, Tensor]:
 
 
 def _on_fixed_grid(solver: FixedGridSolver) -> tuple[Tensor, Tensor]:
+    if solver.cuda_graph:
+        warn("cuda_graph: an event is looked for after every step; solved without")
     problem, step_size = solver.problem, solver.step_size
     assert step_size is not None, (
         "Event handling for fixed step solvers currently requires `step_size` to be provided in "
