@@ -755,3 +755,182 @@ def test_at_most_one_sync_an_attempt(monkeypatch):
 
 def test_compiled_ops_serve_the_gpu():
     assert _ops.has_kernels(F32, torch.device(DEVICE))
+
+
+# ---- solves without the host in their loop -------------------------------------------------------
+
+
+class Swing(torch.nn.Module):
+    def __init__(self, dtype=F64):
+        super().__init__()
+        self.inner = torch.nn.Parameter(normal(3, 8, dtype=dtype).to(DEVICE))
+        self.outer = torch.nn.Parameter(normal(8, 3, dtype=dtype, seed=1).to(DEVICE) / 3)
+
+    def forward(self, t, y):
+        return torch.tanh(y @ self.inner) @ self.outer * torch.cos(3 * t) - 0.3 * y
+
+
+def recorded_solve(field, y0, t, graph, **keywords):
+    options = {**keywords.pop("options", {}), **({"cuda_graph": True} if graph else {})}
+    with torch.no_grad():
+        ys = pycnf.odeint(field, y0, t, options=options, **keywords)
+    stats = pycnf.last_stats()
+    return ys, (stats.evaluations, stats.accepted, stats.rejected, stats.step_sizes)
+
+
+@pytest.mark.parametrize("times", [(0.0, 1.0), (0.0, 0.01, 0.02, 1.0, 2.0), (1.0, 0.9, -1.0)])
+@pytest.mark.parametrize("method", [*ADAPTIVE, "rk4", "euler"])
+@DTYPES
+def test_recorded_solves(dtype, method, times):
+    """As with the host in the loop: done as written, recorded, replayed, and as one launch."""
+    t = torch.tensor(times, dtype=dtype, device=DEVICE)
+    field, y0 = Swing(dtype), normal(5, 3, dtype=dtype).to(DEVICE)
+    keywords = {"method": method, "rtol": 1e-4, "atol": 1e-5}
+    if method in ("rk4", "euler"):
+        keywords["options"] = {"step_size": 0.13}
+    expected, counts = recorded_solve(field, y0, t, False, **keywords)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for shift in (0.0, 0.5, 0.0, 0.0, 0.0):
+            ys, mine = recorded_solve(field, y0 + shift, t, True, **keywords)
+    assert mine[:3] == counts[:3]
+    close = 1e-10 if dtype == F64 else 1e-4
+    torch.testing.assert_close(ys, expected, rtol=close, atol=close)
+
+
+def test_recorded_adjoint():
+    field, t = Swing(), torch.linspace(0, 2, 4, dtype=F64, device=DEVICE)
+
+    def gradients(**options):
+        y0 = normal(5, 3, dtype=F64).to(DEVICE).requires_grad_()
+        ys = pycnf.odeint_adjoint(field, y0, t, rtol=1e-6, atol=1e-8, options=options)
+        return torch.autograd.grad(ys.square().sum(), (y0, *field.parameters()))
+
+    expected = gradients()
+    for _ in range(4):
+        for a, b in zip(gradients(cuda_graph=True), expected):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_a_recorded_solve_waits_for_nothing(method):
+    field, t = Swing(), torch.linspace(0, 2, 4, dtype=F64, device=DEVICE)
+    y0 = normal(5, 3, dtype=F64).to(DEVICE)
+    for _ in range(4):
+        recorded_solve(field, y0, t, True, method=method)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        recorded_solve(field, y0, t, True, method=method)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_recorded_solves_see_new_values_of_parameters():
+    field, t = Swing(), torch.linspace(0, 2, 4, dtype=F64, device=DEVICE)
+    y0 = normal(5, 3, dtype=F64).to(DEVICE)
+    for i in range(5):
+        with torch.no_grad():
+            field.outer.mul_(1.1)
+        if i == 3:
+            field.outer = torch.nn.Parameter(field.outer.detach().clone())
+        expected, _ = recorded_solve(field, y0, t, False)
+        ys, _ = recorded_solve(field, y0, t, True)
+        torch.testing.assert_close(ys, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_random_fields_stay_random():
+    class Noisy(Swing):
+        def forward(self, t, y):
+            return super().forward(t, y) + 1e-3 * torch.randn_like(y)
+
+    field, t = Noisy(), torch.tensor([0.0, 1.0], dtype=F64, device=DEVICE)
+    y0 = normal(5, 3, dtype=F64).to(DEVICE)
+    results = [
+        recorded_solve(field, y0, t, True, rtol=0.1, atol=0.1)[0][-1].clone() for _ in range(5)
+    ]
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(results))
+
+
+def test_a_field_that_cannot_be_captured():
+    class Reading(Swing):
+        def forward(self, t, y):
+            return super().forward(t, y) * (1.0 if float(t) < 100 else 2.0)
+
+    field, t = Reading(), torch.linspace(0, 2, 4, dtype=F64, device=DEVICE)
+    y0 = normal(5, 3, dtype=F64).to(DEVICE)
+    expected, _ = recorded_solve(field, y0, t, False)
+    with pytest.warns(UserWarning, match="^cuda_graph: Reading cannot be captured"):
+        first, _ = recorded_solve(field, y0, t, True)
+    torch.testing.assert_close(first, expected)
+    again, _ = recorded_solve(field, y0, t, True)
+    torch.testing.assert_close(again, expected)
+    torch.testing.assert_close((y0 + y0).cpu(), 2 * y0.cpu())
+
+
+def test_recorded_solves_fail_as_others_do():
+    class Blows(torch.nn.Module):
+        def forward(self, t, y):
+            return y * y
+
+    field, t = Blows(), torch.tensor([0.0, 5.0], dtype=F64, device=DEVICE)
+    for _ in range(4):
+        with pytest.raises(AssertionError, match="underflow in dt"):
+            recorded_solve(field, torch.ones(2, dtype=F64, device=DEVICE), t, True)
+
+
+def test_recorded_solves_on_several_streams():
+    field, t = Swing(), torch.linspace(0, 2, 4, dtype=F64, device=DEVICE)
+    y0 = normal(5, 3, dtype=F64).to(DEVICE)
+    expected, _ = recorded_solve(field, y0, t, False)
+    for _ in range(3):
+        for stream in (torch.cuda.Stream(), torch.cuda.current_stream()):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                ys, _ = recorded_solve(field, y0, t, True)
+            torch.cuda.current_stream().wait_stream(stream)
+            torch.testing.assert_close(ys, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_recorded_solves_on_the_second_gpu():
+    field = Swing().to("cuda:1")
+    t = torch.linspace(0, 2, 4, dtype=F64, device="cuda:1")
+    y0 = normal(5, 3, dtype=F64).to("cuda:1")
+    expected, _ = recorded_solve(field, y0, t, False)
+    for _ in range(4):
+        ys, _ = recorded_solve(field, y0, t, True)
+    torch.testing.assert_close(ys, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_solve_on_a_grid_within_a_graph_of_the_user_s():
+    field, t = Swing(), torch.linspace(0, 2, 4, dtype=F64, device=DEVICE)
+    y0 = normal(5, 3, dtype=F64).to(DEVICE)
+
+    def solve():
+        with torch.no_grad():
+            return pycnf.odeint(field, y0, t, method="rk4", options={"step_size": 0.2})
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = solve().clone()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ys = solve()
+    graph.replay()
+    torch.testing.assert_close(ys, expected)
+    y0.mul_(2)
+    graph.replay()
+    torch.testing.assert_close(ys, solve())
+
+
+def test_an_adaptive_solve_within_a_graph_of_the_user_s_is_refused():
+    field, t = Swing(), torch.tensor([0.0, 1.0], dtype=F64, device=DEVICE)
+    y0 = normal(5, 3, dtype=F64).to(DEVICE)
+    recorded_solve(field, y0, t, False)
+    with (
+        pytest.raises(RuntimeError, match=r"cannot be captured by torch\.cuda\.graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        recorded_solve(field, y0, t, False)

@@ -226,6 +226,12 @@ class AdaptiveSolver:
 
     def start(self, times: Tensor) -> None:
         """Evaluates the field at times[0] and chooses the first step size."""
+        if self.problem.y0.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "an adaptive solve chooses its steps by what the host reads, which cannot be "
+                'captured by torch.cuda.graph; options={"cuda_graph": True} records its attempts, '
+                "and methods on a fixed grid can be captured whole"
+            )
         if self.cuda_graph:
             warn("cuda_graph: events and dense output look at every step; solved without")
         problem = self.problem

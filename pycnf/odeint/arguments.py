@@ -112,15 +112,21 @@ _times_read: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _numbers_of(t: Tensor, remember: bool) -> list[float]:
-    """A tensor's numbers. Reading a GPU waits for all that was asked of it, so a tensor that comes
-    again unchanged can be remembered.
+    """A tensor's numbers. Reading a GPU waits for all that was asked of it, and cannot be captured;
+    a tensor that comes again unchanged can be remembered.
     """
-    if not (remember and t.is_cuda) or t.is_inference():
+    if not t.is_cuda or t.is_inference():
         return t.tolist()
     version, numbers = _times_read.get(t, (None, []))
-    if version != t._version:
-        version, numbers = t._version, t.tolist()
-        _times_read[t] = (version, numbers)
+    capturing = torch.cuda.is_current_stream_capturing()
+    if capturing and version != t._version:
+        raise RuntimeError(
+            "t is on a GPU and cannot be read during a capture: solve once with this very tensor "
+            "before torch.cuda.graph"
+        )
+    if version != t._version or not (remember or capturing):
+        numbers = t.tolist()
+        _times_read[t] = (t._version, numbers)
     return list(numbers)
 
 

@@ -166,6 +166,7 @@ class Recorded:
             graph = torch.cuda.CUDAGraph(keep_graph=True)
         except TypeError:  # before PyTorch 2.8
             graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self.device)
         try:
             # Other threads may go on allocating.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -173,6 +174,8 @@ class Recorded:
             if hasattr(graph, "instantiate"):
                 graph.instantiate()
         except RuntimeError as error:
+            # A capture that fails to end leaves its own stream behind.
+            torch.cuda.set_stream(current)
             raise NotCaptured(str(error).partition("\n")[0]) from error
         return graph
 
