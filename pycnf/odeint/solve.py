@@ -154,7 +154,10 @@ def odeint(
             ("linear", "cubic"), perturb; implicit also max_iters (100) of Broyden's method, which
             ends at a residual of 1e-8 (1e-6 in float32) in Euclidean norm, whatever rtol and atol;
             Adams also max_order (12), and max_iters (4) of the corrector, which ends where rtol and
-            atol are met; SciPy: solver ("LSODA"), min_step, max_step.
+            atol are met; SciPy: solver ("LSODA"), min_step, max_step. With cuda_graph, explicit
+            methods of one step replay a recorded attempt, or solve on a grid, on a GPU: func is an
+            nn.Module then, run twice as written and not called again for equal shapes, times
+            (on a grid) and parameters in their place.
         event_fn: of (t, y), a tensor of any shape: the solve ends where a component of it changes
             sign. t is then [start, anything in the direction of time]; a method on a fixed grid
             needs the option step_size.
