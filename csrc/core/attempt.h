@@ -74,7 +74,7 @@ struct AttemptPlan {
   Attempt* attempt;
   State* times;  // [nodes] of the stages, as the user counts them
   State* h;      // [2]: the step of the attempt that is next, and of the accepted one
-  // In memory of the host, to be read while the solve runs: attempts, done, failure, accepted, and
+  // In memory of the host, to be read while the solve runs: attempts, ended, failure, accepted, and
   // the sizes of accepted steps, as far as there is room.
   double* report;
   int64_t report_count;
@@ -173,16 +173,16 @@ PYCNF_HD void publish() {
 #endif
 }
 
-// The end is told last: who sees it, sees all.
+// The end is told last: who sees it, and looks again, sees all.
 template <typename State>
 PYCNF_HD void report(const AttemptPlan<State>& plan) {
   const Attempt& a = *plan.attempt;
   volatile double* report = plan.report;
+  report[0] = a.attempts;
+  report[2] = a.failure;
   report[3] = a.accepted;
   publish();
-  report[2] = a.failure;
-  report[1] = a.done;
-  report[0] = a.attempts;
+  report[1] = a.done != 0 || a.failure != 0 ? 1 : 0;
 }
 
 // Accepts an attempt or not, by its error norm and whether it ended in finite numbers, and prepares

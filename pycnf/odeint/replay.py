@@ -198,8 +198,10 @@ class Replay:
             stops = time_tensors(_stops(solver), torch.float64, self.stops.device)
             self.stops.copy_(torch.stack(stops))
         if self.first_step is not None:
-            first = torch.as_tensor(solver.first_step, dtype=solver.dtype).reshape(1)
-            self.first_step.copy_(first, non_blocking=True)
+            first = torch.as_tensor(solver.first_step, dtype=solver.dtype)
+            if not first.is_cuda:
+                (first,) = time_tensors([first.item()], torch.float64, self.y.device)
+            self.first_step.copy_(first.reshape(1))
         self.report[: _C.report_numbers] = 0
         self.begin()
         attempts, failure, accepted = self._run()
@@ -215,19 +217,24 @@ class Replay:
         loop = self._whole()
         if loop:
             loop.launch()
-        launched, heard, news = 0, -1, time.monotonic()
+        launched, heard, news, idle = 0, -1, time.monotonic(), False
         try:
             while True:
-                attempts, done, failure, accepted = self.report[: _C.report_numbers].tolist()
-                if done or failure:
+                attempts, ended, *_ = self.report[: _C.report_numbers].tolist()
+                if ended:
+                    # Told last: what is read from here on is final.
+                    attempts, _, failure, accepted = self.report[: _C.report_numbers].tolist()
                     return attempts, failure, accepted
                 if attempts != heard:
-                    heard, news = attempts, time.monotonic()
+                    heard, news, idle = attempts, time.monotonic(), False
                 if not loop and launched - attempts < _AHEAD:
                     self.step()
                     launched += 1
-                elif time.monotonic() - news > _PATIENCE and self._idle():
+                elif idle:
                     raise RuntimeError("the GPU has stopped amid a recorded solve")
+                elif time.monotonic() - news > _PATIENCE:
+                    # It may have gone on since the report was read, which is read again.
+                    idle = self._idle()
                 else:
                     time.sleep(0)
         except BaseException:
@@ -238,7 +245,7 @@ class Replay:
 
     def _idle(self) -> bool:
         """Whether the device has nothing left to do; an error of its kernels shows here too."""
-        return not self.y.is_cuda or torch.cuda.current_stream(self.y.device).query()
+        return self.y.is_cuda and torch.cuda.current_stream(self.y.device).query()
 
     def _whole(self) -> Any:
         """All attempts as one launch, once an attempt is recorded and known to draw no random
