@@ -78,14 +78,15 @@ double value_of(const at::Tensor& h, const at::Tensor& y0) {
 }
 
 at::Tensor attempt_stage_cpu(const at::Tensor& y0, const at::Tensor& k, at::TensorList fresh,
-                           at::ArrayRef<double> weights, const at::Tensor& h) {
+                             at::ArrayRef<double> weights, const at::Tensor& h) {
   return rk_stage_cpu(y0, k, /*flip=*/false, fresh, weights, value_of(h, y0));
 }
 
 at::Tensor attempt_finish_cpu(const at::Tensor& y0, const at::Tensor& k, at::TensorList fresh,
-                            const at::Tensor& y1, at::ArrayRef<double> solution,
-                            at::ArrayRef<double> error, const at::Tensor& h, const at::Tensor& rtol,
-                            const at::Tensor& atol, at::IntArrayRef segments) {
+                              const at::Tensor& y1, at::ArrayRef<double> solution,
+                              at::ArrayRef<double> error, const at::Tensor& h,
+                              const at::Tensor& rtol, const at::Tensor& atol,
+                              at::IntArrayRef segments) {
   return rk_finish_cpu(y0, k, /*flip=*/false, fresh, y1, solution, error, value_of(h, y0), rtol,
                        atol, segments, std::nullopt);
 }
