@@ -29,6 +29,9 @@ OPS = (
     "attempt_advance",
     "attempt_stage",
     "attempt_finish",
+    "attempt_combine",
+    "flow_control",
+    "flow_advance",
     "broyden_step",
     "time_tensors",
     "probe_keys",
@@ -47,8 +50,8 @@ OPS = (
     "mlp_value_jvp_backward",
 )
 # Elsewhere a flow runs on the generic engine and a field on `pycnf.nn`, which are their reference;
-# that of attempts is the adaptive solver itself.
-WITHOUT_REFERENCE = tuple(name for name in OPS if name.startswith(("mlp_", "attempt_")))
+# that of attempts are the adaptive solvers themselves.
+WITHOUT_REFERENCE = tuple(name for name in OPS if name.startswith(("mlp_", "attempt_", "flow_")))
 
 _compiled = SimpleNamespace(**{name: getattr(torch.ops.pycnf, name).default for name in OPS})
 # The ops of the inner loop have bindings of their own, past the dispatcher's boxing of arguments.
@@ -164,6 +167,13 @@ def _(y0: Tensor, *args: Any) -> Tensor:
     return y0.new_empty(2, dtype=torch.float64)
 
 
+@register_fake("pycnf::attempt_combine")
+def _(y: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+@register_fake("pycnf::flow_control")
+@register_fake("pycnf::flow_advance")
 @register_fake("pycnf::attempt_begin")
 @register_fake("pycnf::attempt_first_step")
 @register_fake("pycnf::attempt_decide")

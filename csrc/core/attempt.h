@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "core/control.h"
 #include "core/host_device.h"
 #include "core/tableau.h"
 
@@ -87,8 +88,6 @@ template <typename T>
 PYCNF_HD bool is_nan(T x) {
   return x != x;
 }
-
-PYCNF_HD bool is_finite_number(double x) { return x - x == 0; }
 
 template <typename State>
 PYCNF_HD State next_number(State x, State toward) {

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "core/attempt.h"
+#include "core/flow_attempt.h"
 #include "core/params.h"
 
 namespace pycnf {
@@ -94,6 +95,28 @@ struct AdvanceParams {
 
 template <typename Time, typename State>
 cudaError_t launch_advance(const AdvanceParams<State>& p, cudaStream_t stream);
+
+// Settles what core/flow_attempt.h says. norms: [2] in device memory, or null.
+template <typename State>
+cudaError_t launch_flow_control(FlowMoment moment, const FlowPlan<State>& plan, const double* norms,
+                                cudaStream_t stream);
+
+// What follows an accepted step of a flow: the state it began with to the tape, y1 to y, the last
+// row of k to the first; nothing after another.
+template <typename T>
+struct FlowAdvanceParams {
+  const FlowAttempt* attempt;
+  T* y;               // [N]
+  const T* y1;        // [N]
+  T* first_row;       // [N]
+  const T* last_row;  // [N]
+  T* tape;            // [steps, kept] or null
+  int64_t kept;       // of the N
+  int64_t size;
+};
+
+template <typename State>
+cudaError_t launch_flow_advance(const FlowAdvanceParams<State>& p, cudaStream_t stream);
 
 // p.x is host memory: the points travel as arguments.
 template <typename T>

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/attempt.h"
+#include "core/flow_attempt.h"
 #include "core/tableau.h"
 #include "torch/cpu_kernels.h"
 #include "torch/find_op.h"
@@ -152,6 +153,10 @@ PYBIND11_MODULE(_C, m) {
   for (const char* field : pycnf::kAttemptFields) fields.append(field);
   m.attr("attempt_fields") = fields;
   m.attr("report_numbers") = pycnf::kReportNumbers;
+  py::list flow_fields;
+  for (const char* field : pycnf::kFlowFields) flow_fields.append(field);
+  m.attr("flow_fields") = flow_fields;
+  m.attr("flow_report_numbers") = pycnf::kFlowReportNumbers;
 
   m.attr("torch_version") = PYCNF_TORCH_VERSION;
   m.attr("torch_cuda") = PYCNF_TORCH_CUDA;

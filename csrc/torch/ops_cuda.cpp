@@ -13,6 +13,7 @@
 #include "torch/arguments.h"
 #include "torch/attempt_plan.h"
 #include "torch/find_op.h"
+#include "torch/flow_plan.h"
 
 namespace pycnf {
 namespace {
@@ -210,6 +211,59 @@ void attempt_advance_cuda(at::TensorList tensors, const at::Tensor& y, const at:
   });
 }
 
+at::Tensor attempt_combine_cuda(const at::Tensor& y, at::TensorList k, at::ArrayRef<double> weights,
+                                const at::Tensor& h) {
+  check_cuda(y, "y");
+  check_step(h, y);
+  const CUDAGuard guard(y.device());
+  const auto y0 = y.contiguous();
+  const auto rows = combine_rows(y0, k, weights);
+  auto out = at::empty_like(y0);
+  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "attempt_combine", [&] {
+    auto p = combine_params<scalar_t>(y0, rows, weights, 1., /*ordered=*/false, out);
+    p.terms.scale = h.const_data_ptr<scalar_t>();
+    C10_CUDA_CHECK(launch_stage(p, y0.numel(), current_stream()));
+  });
+  return out;
+}
+
+void flow_control_cuda(at::TensorList plan, const std::optional<at::Tensor>& norms,
+                       std::string_view name, at::ArrayRef<double> rule,
+                       at::ArrayRef<double> nodes) {
+  const FlowTensors tensors(plan);
+  check_cuda(tensors.attempt, "attempt");
+  const auto moment = flow_moment(name);
+  check_flow_norms(moment, norms);
+  if (norms.has_value()) check_cuda(*norms, "norms");
+  const CUDAGuard guard(tensors.attempt.device());
+  const auto* norm = norms.has_value() ? norms->const_data_ptr<double>() : nullptr;
+  AT_DISPATCH_FLOATING_TYPES(tensors.times.scalar_type(), "flow_control", [&] {
+    const auto p = flow_plan<scalar_t>(tensors, rule, nodes, on_device(tensors.report));
+    C10_CUDA_CHECK(launch_flow_control(moment, p, norm, current_stream()));
+  });
+}
+
+void flow_advance_cuda(at::TensorList plan, const at::Tensor& y, const at::Tensor& y1,
+                       const at::Tensor& k, const at::Tensor& tape) {
+  const FlowTensors tensors(plan);
+  check_cuda(y, "y");
+  check_flow_advance(tensors, y, y1, tape);
+  const Rows rows(k, y, /*flip=*/false);
+  const CUDAGuard guard(y.device());
+  AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "flow_advance", [&] {
+    FlowAdvanceParams<scalar_t> p = {};
+    p.attempt = reinterpret_cast<const FlowAttempt*>(tensors.attempt.const_data_ptr<double>());
+    p.y = y.data_ptr<scalar_t>();
+    p.y1 = y1.const_data_ptr<scalar_t>();
+    p.first_row = rows.row<scalar_t>(0);
+    p.last_row = rows.row<scalar_t>(rows.stages() - 1);
+    p.tape = tape.size(0) > 0 ? tape.data_ptr<scalar_t>() : nullptr;
+    p.kept = tape.size(1);
+    p.size = y.numel();
+    C10_CUDA_CHECK(launch_flow_advance(p, current_stream()));
+  });
+}
+
 void rk_interpolate_cuda(const at::Tensor& y0, const at::Tensor& y1, const at::Tensor& k, bool flip,
                          at::ArrayRef<double> middle, double h, at::ArrayRef<double> x,
                          const at::Tensor& out) {
@@ -325,6 +379,9 @@ TORCH_LIBRARY_IMPL(pycnf, CUDA, m) {
   m.impl("attempt_first_step", attempt_first_step_cuda);
   m.impl("attempt_decide", attempt_decide_cuda);
   m.impl("attempt_advance", attempt_advance_cuda);
+  m.impl("attempt_combine", attempt_combine_cuda);
+  m.impl("flow_control", flow_control_cuda);
+  m.impl("flow_advance", flow_advance_cuda);
   m.impl("rk_interpolate", rk_interpolate_cuda);
   m.impl("rk_initial_norms", rk_initial_norms_cuda);
   m.impl("rk_combine", rk_combine_cuda);

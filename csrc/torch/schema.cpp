@@ -77,6 +77,24 @@ TORCH_LIBRARY(pycnf, m) {
       "attempt_finish(Tensor y0, Tensor(a!) k, Tensor[] fresh, Tensor(b!) y1, float[] solution, "
       "float[] error, Tensor h, Tensor rtol, Tensor atol, int[] segments) -> Tensor");
 
+  // rk_combine with h [1] in memory where the state is, and without a gradient.
+  m.def("attempt_combine(Tensor y, Tensor[] k, float[] weights, Tensor h) -> Tensor");
+
+  // The same for the flows' own policy (core/flow_attempt.h). `plan`: attempt f64 (kFlowFields),
+  // times [stages] and h [1] in the state's dtype, the tape of accepted steps f64 [steps, 3], empty
+  // for none, and a report f64 as above. `rule`: see torch/flow_plan.h. `moment`: "begin" settles
+  // the trial step of the choice of the first, "first_step" the first, from the norms of the
+  // difference of both derivatives or, without, from the size in `attempt`; "decide" what becomes
+  // of an attempt, and the next; "recall" reads the tape's last step, then the one before, ...
+  m.def(
+      "flow_control(Tensor(a!)[] plan, Tensor? norms, str moment, float[] rule, float[] nodes) -> "
+      "()");
+
+  // After an accepted step: the state it began with, as much of it as tape [steps, M] takes, to the
+  // tape, y1 to y, the last row of k to the first.
+  m.def(
+      "flow_advance(Tensor[] plan, Tensor(a!) y, Tensor y1, Tensor(b!) k, Tensor(c!) tape) -> ()");
+
   // y + h * sum of weights * k with gradients to y, k and, where it is given, h_graph, a 0-dim
   // tensor equal to h. `ordered`: summed in the order of k, not in that of core/rk.h.
   m.def(

@@ -19,6 +19,7 @@ from pycnf.nn.mlp import MLP
 from pycnf.odeint.tableau import TABLEAUX, Tableau
 from pycnf.warn import warn
 
+from .captured import Recordings, is_own
 from .control import AdaptiveControl, FixedControl
 from .distributions import StandardNormal
 from .dynamics import REGULARIZERS, check_time_per_sample
@@ -74,6 +75,11 @@ class CNF(nn.Module):
         regularizers: Weights of "kinetic", ∫‖f‖² dt, and "jacobian", ∫‖∂f/∂z‖_F² dt (RNODE, Finlay
             et al. 2020), left in `stats.regularizers` by each solve with a logdet. They are
             quadratures outside the error control.
+        cuda_graph: On a GPU, records an attempted step once and replays it as a CUDA graph, and so
+            for the discrete gradient: no kernel waits for Python. None for fields of `pycnf.nn`
+            where that can be done; True for any module that does the same work every time, with a
+            warning where it cannot; False for never. For steps shared by the batch of adaptive
+            methods, with the discrete gradient or none.
 
     Attributes:
         stats: `SolveStats` of the newest forward; None before.
@@ -111,6 +117,7 @@ class CNF(nn.Module):
         engine: str = "auto",
         base: Any = None,
         regularizers: Mapping[str, float] | None = None,
+        cuda_graph: bool | None = None,
     ) -> None:
         super().__init__()
         if not callable(field) or isinstance(field, type):
@@ -135,6 +142,7 @@ class CNF(nn.Module):
         self.steps = steps
         self.engine = engine
         self.regularizers = dict(regularizers or {})
+        self.cuda_graph = cuda_graph
         self.keep_bytes = 1 << 28
         self._control()
         self._times()
@@ -146,6 +154,7 @@ class CNF(nn.Module):
                 base = base.to(like)
         self.base = base
         self.stats: SolveStats | None = None
+        self._recordings: Recordings | None = None
         self._warned = False
         self._times_checked = False
 
@@ -298,17 +307,29 @@ class CNF(nn.Module):
         why = "engine='generic' was asked for"
         if self.engine != "generic":
             why = self._why_not_fused()
-        return f"The generic engine (compiled Runge-Kutta steps around the field's code): {why}."
+        sentence = (
+            f"The generic engine (compiled Runge-Kutta steps around the field's code): {why}."
+        )
+        if not self._is_recorded():
+            return sentence
+        return f"{sentence[:-1]}; on a GPU its steps are recorded once and replayed as CUDA graphs."
+
+    def _is_recorded(self) -> bool:
+        """Whether, on a GPU, solves of this flow are recorded, as far as it says itself."""
+        wanted = is_own(self.field) if self.cuda_graph is None else self.cuda_graph
+        return wanted and self.steps == "shared" and TABLEAUX[self.method].adaptive
 
     def extra_repr(self) -> str:
-        return (
+        text = (
             f"divergence={self.divergence!r}, method={self.method!r}, rtol={self.rtol}, "
             f"atol={self.atol}, gradient={self.gradient!r}, steps={self.steps!r}"
         )
+        return text if self.cuda_graph is None else f"{text}, cuda_graph={self.cuda_graph}"
 
     def __getstate__(self) -> dict[str, Any]:
         # The newest solve's statistics may hold its graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "stats": None}
+        # So do recorded solves, which belong to this flow's tensors.
+        return {**self.__dict__, "stats": None, "_recordings": None}
 
     # ---- arguments -------------------------------------------------------------------------------
 
@@ -336,6 +357,7 @@ class CNF(nn.Module):
         settings = (
             self.divergence, self.noise, self.probes, self.method, self.rtol, self.atol,
             self.max_num_steps, self.gradient, self.steps, self.engine, self.keep_bytes,
+            self.cuda_graph,
         )  # fmt: skip
         # Dicts, and what is in them, may change in place.
         lasting = not (self.options or self.regularizers)
@@ -363,6 +385,8 @@ class CNF(nn.Module):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1")
+        if self.cuda_graph not in (None, True, False):
+            raise ValueError(f"cuda_graph: got {self.cuda_graph!r}, expected True, False or None")
         if not isinstance(self.keep_bytes, int) or self.keep_bytes < 0:
             raise ValueError(f"keep_bytes: got {self.keep_bytes!r}, expected a number of bytes")
         for name in ("rtol", "atol"):
@@ -559,13 +583,31 @@ class CNF(nn.Module):
             if self._takes_fused():
                 return solve_fused(problem, x, context, start, end)
             if not torch.is_inference_mode_enabled():
-                return solve(problem, x, context, start, end)
+                return self._solve_generic(problem, x, context, start, end)
             # A divergence by vector-Jacobian products needs a graph, which inference mode refuses.
             with torch.inference_mode(False), torch.no_grad():
                 if problem.probe is not None:
                     problem.probe = problem.probe.clone()
                 context = None if context is None else context.clone()
-                return solve(problem, x.clone(), context)
+                return self._solve_generic(problem, x.clone(), context, None, None)
+
+    def _solve_generic(
+        self,
+        problem: Problem,
+        x: Tensor,
+        context: Tensor | None,
+        start: Tensor | None,
+        end: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        asked = bool(self.cuda_graph)
+        if asked or (self.cuda_graph is None and is_own(self.field)):
+            if self._recordings is None:
+                self._recordings = Recordings()
+            ends = start is not None or end is not None
+            outputs = self._recordings.solve(problem, x, context, ends, asked)
+            if outputs is not None:
+                return outputs
+        return solve(problem, x, context, start, end)
 
     def _probe(
         self, x: Tensor, probe: Tensor | None, seed: int | None, keys: Tensor | None

@@ -267,7 +267,7 @@ class _Adaptive:
         f0 = self.rows.row(0)
         d0, d1 = self.rows.initial_norms(self.y, f0)
         h0 = trial_step(d0, d1, self.length)
-        trial = torch.add(self.y, f0, alpha=self.direction * h0)
+        trial = self.rows.trial(self.y, self.direction * h0)
         self.rows.store(1, self.system.trial(self.t + self.direction * h0, trial))
         d2 = self.rows.initial_norms(self.y, f0, self.rows.row(1))[0] / h0
         if not math.isfinite(d2):

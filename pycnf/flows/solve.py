@@ -179,7 +179,8 @@ class _Discrete(torch.autograd.Function):
                 needs = ctx.needs_input_grad[3:]
                 gradients = replayed_gradient(dynamics, ctx.tape, inputs, needs, cotangents)
             else:
-                gradients = _taped_gradient(ctx, x, context, cotangents)
+                needs = ctx.needs_input_grad[3:]
+                gradients = taped_gradient(dynamics, ctx.tape, ctx.beginning, needs, x, cotangents)
         dynamics.problem.stats.nfe_backward += dynamics.evaluations - before
         return None, None, None, *gradients
 
@@ -215,15 +216,28 @@ def replayed_gradient(
     return [next(found) if need else None for need in needs]
 
 
-def _taped_gradient(
-    ctx: Any, x: Tensor, context: Tensor | None, cotangents: Sequence[Tensor | None]
+def taped_gradient(
+    dynamics: Dynamics,
+    tape: Tape,
+    beginning: Start,
+    needs: Sequence[bool],
+    x: Tensor,
+    cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The gradient step by step, last step first."""
-    dynamics, parameters = ctx.dynamics, ctx.parameters
-    problem = dynamics.problem
+    """The gradient of a solve step by step, last step first.
+
+    Args:
+        dynamics: Right-hand side.
+        tape: The accepted steps.
+        beginning: What the solve began with.
+        needs: Which of x, context, start, end and the parameters need a gradient.
+        x: State at the start.
+        cotangents: Of z and the extras.
+    """
+    problem, parameters = dynamics.problem, beginning.parameters
     zbar, extrabars = filled(x, cotangents)
     zbar = zbar.clone()
-    need_context, need_start, need_end = ctx.needs_input_grad[4:7]
+    need_x, need_context, need_start, need_end = needs[:4]
     shifts = None
     others: list[Tensor] = []
     if need_start or need_end:
@@ -231,14 +245,13 @@ def _taped_gradient(
             torch.zeros((), dtype=torch.float64, device=x.device, requires_grad=True) for _ in "01"
         )
         others += shifts
-    if context is not None:
-        context = ctx.beginning.context  # a leaf, also of kept graphs
+    context = beginning.context  # a leaf, also of kept graphs
     if need_context:
         others.append(context)
     others += parameters
     totals: list[Tensor | None] = [None] * len(others)
     redo = steps_with_graph if problem.per_sample else step_with_graph
-    for taped in reversed(ctx.tape):
+    for taped in reversed(tape):
         rows = taped.step.rows if problem.per_sample else slice(None)
         kept = None if problem.per_sample else taped.kept
         if kept is not None:
@@ -270,7 +283,7 @@ def _taped_gradient(
         times = [next(found), next(found)]
     context_total = next(found) if need_context else None
     return [
-        zbar if ctx.needs_input_grad[3] else None,
+        zbar if need_x else None,
         context_total,
         times[0] if need_start else None,
         times[1] if need_end else None,

@@ -68,6 +68,10 @@ class Rows:
         """
         return self.ops.rk_stage(y0, self.k, self.flip, fresh, self.tableau.a[stage], h)
 
+    def trial(self, y0: Tensor, h: float) -> Tensor:
+        """y0 + h k₀ in a new tensor."""
+        return self.ops.rk_stage(y0, self.k, self.flip, [], [1.0], h)
+
     def solve(self, y0: Tensor, fresh: Sequence[Tensor], h: float) -> Tensor:
         """y0 + h Σ bⱼ kⱼ in a new tensor, for methods without error estimate."""
         return self.ops.rk_stage(y0, self.k, self.flip, fresh, self.tableau.b, h)
