@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from pycnf._build import _C
 from pycnf._ops import has_kernels, kernels, time_tensors
 from pycnf.nn.divergence import has_forward_mode
 from pycnf.nn.layers import LAYERS
-from pycnf.odeint.recording import NotCaptured, Recorded, run_ahead
+from pycnf.odeint.recording import NotCaptured, Recorded
 from pycnf.warn import warn
 
 from .control import AdaptiveControl
@@ -47,6 +48,10 @@ _FULL_TAPE = 1
 _STEPS = 64
 # Recorded solves of one flow that are kept.
 _KEPT = 8
+# Replays under way: one runs while the next waits, so the device never does.
+_AHEAD = 2
+# Seconds without news after which a device with nothing to do is taken to have failed.
+_PATIENCE = 1.0
 _DEVICES = ("cuda",)
 _MISSING: Any = object()
 
@@ -96,13 +101,17 @@ class Recordings:
         if reason is None:
             key = key_of(problem, x, context, parameters is not None)
             try:
-                return self._solve(key, problem, x, context, parameters)
+                return self._solve(key, problem, x, context, parameters, asked)
             except NotCaptured as error:
-                self.kept[key] = None
-                reason = f"{type(problem.field).__name__} cannot be captured ({error})"
+                reason = self.give_up(key, problem, error)
         if asked:
             self.say(reason)
         return None
+
+    def give_up(self, key: tuple, problem: Problem, error: NotCaptured) -> str:
+        """Remembers that such solves cannot be recorded, and says why."""
+        self.kept[key] = None
+        return f"{type(problem.field).__name__} cannot be captured ({error})"
 
     def say(self, reason: str) -> None:
         """Warns, once for each reason."""
@@ -117,6 +126,7 @@ class Recordings:
         x: Tensor,
         context: Tensor | None,
         parameters: list[Tensor] | None,
+        asked: bool,
     ) -> tuple[Tensor, ...] | None:
         steps = 0 if parameters is None else min(_STEPS, problem.control.max_num_steps)
         recording = self.kept.get(key, _MISSING)
@@ -139,7 +149,7 @@ class Recordings:
         if outcome is None or parameters is None:
             return outcome
         *outputs, tape = outcome
-        job = _Job(self, recording, key, problem, tape, parameters)
+        job = _Job(self, recording, key, problem, tape, parameters, asked)
         return _Replayed.apply(job, tuple(outputs), x, context, *parameters)
 
 
@@ -361,7 +371,9 @@ class Recording:
         self.z.copy_(x)
         self.report.zero_()
         self.begin()
-        attempts, _, failure, accepted, size = run_ahead(self.step, self.report)
+        attempts, failure, accepted, size = self._run()
+        if self.capacity and self.step.random:
+            raise NotCaptured("it draws random numbers, and would draw others for the gradient")
         if failure:
             return _FULL_TAPE if failure == _FULL_TAPE else None
         self._count(problem.stats, int(attempts), int(accepted), size)
@@ -370,6 +382,39 @@ class Recording:
             return outputs
         count = int(accepted)
         return *outputs, Tape(self.tape.z[:count].clone(), self.tape.times[:count].clone())
+
+    def _run(self) -> tuple[float, float, float, float]:
+        """Makes attempts until the end: how many, why it came early (0: it did not), how many were
+        accepted, and the size of the step that would be next.
+        """
+        launched, heard, news = 0, -1.0, time.monotonic()
+        try:
+            while True:
+                told = self.report.tolist()
+                attempts, done, failure, *_ = told
+                if done or failure:
+                    # The end is told last, so what was read before it may be of before.
+                    attempts, _, failure, accepted, size = self.report.tolist()
+                    return attempts, failure, accepted, size
+                if attempts != heard:
+                    heard, news = attempts, time.monotonic()
+                if launched - attempts < _AHEAD:
+                    self.step()
+                    launched += 1
+                elif time.monotonic() - news > _PATIENCE and self._idle():
+                    if self.report.tolist() == told:
+                        raise RuntimeError("the GPU has stopped amid a recorded solve")
+                else:
+                    time.sleep(0)
+        except BaseException:
+            # What is under way still writes the report, which the next solve begins with.
+            if self.y.is_cuda:
+                torch.cuda.current_stream(self.y.device).synchronize()
+            raise
+
+    def _idle(self) -> bool:
+        """Whether the device has nothing left to do; an error of its kernels shows here too."""
+        return not self.y.is_cuda or torch.cuda.current_stream(self.y.device).query()
 
     def _load(self, problem: Problem, context: Tensor | None) -> None:
         if self.probe is not None:
@@ -563,6 +608,7 @@ class _Job:
     problem: Problem
     tape: Tape
     parameters: list[Tensor]
+    asked: bool
 
     def gradient(
         self, x: Tensor, context: Tensor | None, cotangents: Sequence[Tensor | None]
@@ -576,8 +622,10 @@ class _Job:
             return None
         try:
             return recording.gradient(self.problem, self.tape, context, cotangents)
-        except NotCaptured:
-            self.recordings.kept[self.key] = None
+        except NotCaptured as error:
+            reason = self.recordings.give_up(self.key, self.problem, error)
+            if self.asked:
+                self.recordings.say(reason)
             return None
         finally:
             recording.lock.release()
