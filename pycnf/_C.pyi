@@ -23,6 +23,8 @@ torch_cuda: str
 with_cuda: bool
 attempt_fields: list[str]
 report_numbers: int
+flow_fields: list[str]
+flow_report_numbers: int
 
 class WhileGraph:
     """Recorded attempts as one launch; only where pycnf was built with CUDA."""

@@ -50,6 +50,15 @@ class Plan(ctypes.Structure):
     )
 
 
+class FlowTensors(ctypes.Structure):
+    """tests/cuda_host/entry.cpp's."""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("attempt", "times", "h", "tape", "report")),
+        ("capacity", Int64),
+    )
+
+
 SIGNATURES = {
     "stage": [ctypes.c_bool, Pointer, Terms, *[Pointer] * 3, Double, Int64],
     "finish": [
@@ -68,6 +77,11 @@ SIGNATURES = {
     "advance": [
         ctypes.c_bool, ctypes.c_bool, Plan, *[Pointer] * 4, Terms, Pointer, Int64,
     ],
+    "flow_control": [
+        ctypes.c_bool, ctypes.c_int, FlowTensors, *[ctypes.POINTER(Double)] * 2, ctypes.c_int,
+        Pointer,
+    ],
+    "flow_advance": [ctypes.c_bool, FlowTensors, *[Pointer] * 5, Int64, Int64],
     "interpolate": [
         ctypes.c_bool, *[Pointer] * 4, Terms, Double, ctypes.POINTER(Double), Int64, Pointer, Int64,
     ],
@@ -118,6 +132,11 @@ def doubles(values):
 
 def address(tensor):
     return None if tensor is None else tensor.data_ptr()
+
+
+def joined(fresh):
+    """What the field returned, maybe in parts, as one row."""
+    return torch.cat([part.reshape(-1) for part in fresh]) if fresh else None
 
 
 def terms(rows, weights, ordered=False):
@@ -204,20 +223,22 @@ class HostKernels:
     # ---- steps that the device chooses -----------------------------------------------------------
 
     def attempt_stage(self, y0, k, fresh, weights, h):
+        fresh = joined(fresh)
         rows = self._rows(k, False)[: len(weights)]
         out = torch.full_like(y0, float("nan"))
         self.call(
             "attempt_stage", y0.dtype == torch.float64, address(y0), terms(rows, weights),
-            address(*fresh or [None]), address(rows[-1]), address(out), address(h), y0.numel(),
+            address(fresh), address(rows[-1]), address(out), address(h), y0.numel(),
         )  # fmt: skip
         return out
 
     def attempt_finish(self, y0, k, fresh, y1, solution, error, h, rtol, atol, segments):
+        fresh = joined(fresh)
         rows = self._rows(k, False)
         result = torch.full((2,), float("nan"), dtype=torch.float64)
         self.call(
             "attempt_finish", y0.dtype == torch.float64, address(y0), terms(rows, solution),
-            terms(rows, error), address(*fresh or [None]), address(rows[-1]), address(y1),
+            terms(rows, error), address(fresh), address(rows[-1]), address(y1),
             address(h), self._tolerance(rtol, atol), self._segments(segments), address(result),
             y0.numel(),
         )  # fmt: skip
@@ -250,6 +271,35 @@ class HostKernels:
             address(y), address(y1), address(rows[0]), address(rows[-1]), terms(rows, middle),
             address(solution), y.numel(),
         )  # fmt: skip
+
+    @staticmethod
+    def _flow_tensors(plan):
+        return FlowTensors(*map(address, plan), len(plan[3]))
+
+    def flow_control(self, plan, norms, moment, rule, nodes):
+        number = ("begin", "first_step", "decide", "recall").index(moment)
+        self.call(
+            "flow_control", plan[1].dtype == torch.float64, number, self._flow_tensors(plan),
+            doubles(rule), doubles(nodes), len(nodes), address(norms),
+        )  # fmt: skip
+
+    def flow_advance(self, plan, y, y1, k, tape):
+        rows = self._rows(k, False)
+        self.call(
+            "flow_advance", y.dtype == torch.float64, self._flow_tensors(plan), address(y),
+            address(y1), address(rows[0]), address(rows[-1]), address(tape), tape.shape[1],
+            y.numel(),
+        )  # fmt: skip
+
+    def attempt_combine(self, y, k, weights, h):
+        # The kernel of a stage, with nothing to store.
+        out = torch.full_like(y, float("nan"))
+        self.call(
+            "attempt_stage", y.dtype == torch.float64, address(y),
+            terms([row.contiguous() for row in k], weights), None, None, address(out), address(h),
+            y.numel(),
+        )  # fmt: skip
+        return out
 
     def rk_initial_norms(self, y0, f0, f1, rtol, atol, segments):
         result = torch.full((2,), float("nan"), dtype=torch.float64)

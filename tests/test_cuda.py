@@ -934,3 +934,92 @@ def test_an_adaptive_solve_within_a_graph_of_the_user_s_is_refused():
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         recorded_solve(field, y0, t, False)
+
+
+# ---- flows without the host in their loop --------------------------------------------------------
+
+
+class Network(torch.nn.Module):
+    """A user's field, which the divergence is taken of by vector-Jacobian products."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(2, 8, dtype=F64, device=DEVICE)
+        self.outer = torch.nn.Linear(8, 2, dtype=F64, device=DEVICE)
+
+    def forward(self, t, z):
+        return 2 * self.outer(torch.tanh(2 * self.inner(z) + t)) * torch.cos(5 * t)
+
+
+def train_flow(flow, x, seed=1):
+    """Density, gradients and counts of a training step."""
+    x = x.clone().requires_grad_()
+    density = flow.log_prob(x, seed=seed)
+    stats = flow.stats
+    loss = (sum(stats.regularizers.values()) - density).mean()
+    gradients = torch.autograd.grad(loss, [x, *flow.field.parameters()])
+    counts = (stats.nfe_forward, stats.accepted, stats.rejected)
+    return [density.detach(), *gradients], counts
+
+
+def fields_of_flows():
+    torch.manual_seed(0)
+    return pycnf.nn.MLP(2, (8, 8)).double().to(DEVICE), Network()
+
+
+@pytest.mark.parametrize("divergence", ["hutchinson", "exact"])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+@pytest.mark.parametrize("kind", [0, 1], ids=["own", "module"])
+def test_recorded_flows(kind, method, divergence):
+    """As with the host in the loop: done as written, recorded, and replayed."""
+    options = {"method": method, "divergence": divergence, "regularizers": {"kinetic": 0.1}}
+    field = fields_of_flows()[kind]
+    host, device = (pycnf.CNF(field, cuda_graph=graph, **options) for graph in (False, True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(4):
+            x = normal(33, 2, dtype=F64, seed=seed).to(DEVICE)
+            mine, own = train_flow(device, x, seed)
+            expected, counts = train_flow(host, x, seed)
+            assert own == counts
+            for a, b in zip(mine, expected):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert None not in device._recordings.kept.values()
+
+
+def test_recorded_flows_in_training():
+    """By loss.backward(), which runs in another thread, and with steps of an optimizer."""
+    trained = []
+    for graph in (False, True):
+        flow = pycnf.CNF(fields_of_flows()[0], cuda_graph=graph)
+        optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
+        for seed in range(6):
+            optimizer.zero_grad()
+            x = normal(33, 2, dtype=F64, seed=seed).to(DEVICE)
+            (-flow.log_prob(x, seed=seed).mean()).backward()
+            optimizer.step()
+        trained.append(list(flow.parameters()))
+    for a, b in zip(*trained):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_a_recorded_training_step_waits_for_nothing():
+    flow, x = pycnf.CNF(fields_of_flows()[0]), normal(33, 2, dtype=F64).to(DEVICE)
+    for _ in range(4):
+        train_flow(flow, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_flow(flow, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_flow_that_draws_cannot_be_recorded():
+    class Noisy(Network):
+        def forward(self, t, z):
+            return torch.nn.functional.dropout(super().forward(t, z), 1e-9)
+
+    flow, x = pycnf.CNF(Noisy(), cuda_graph=True), normal(33, 2, dtype=F64).to(DEVICE)
+    with pytest.warns(UserWarning, match="it draws random numbers"):
+        # The first solve may end before a replay shows it.
+        [train_flow(flow, x) for _ in range(3)]

@@ -730,3 +730,45 @@ def test_solves(host, monkeypatch, method, dtype, size, case):
     host.seed(2)
     again, _ = solve(cuda_graph=True)
     assert_same_bits(again, mine)
+
+
+@pytest.mark.parametrize("batch", [3, 64])
+@DTYPES
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3"])
+def test_flows(host, monkeypatch, method, dtype, batch):
+    """A flow's solves and gradients as on the CPU, in as many steps."""
+    captured = importlib.import_module("pycnf.flows.captured")
+    monkeypatch.setattr(captured, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(captured, "_STEPS", 2)
+    torch.manual_seed(0)
+    field = pycnf.nn.MLP(2, (8, 8), context=1).to(dtype)
+    with torch.no_grad():
+        for parameter in field.parameters():
+            parameter *= 2
+    x, context = normal(batch, 2, dtype=dtype), normal(batch, 1, dtype=dtype, seed=1)
+
+    def train(graph):
+        flow = pycnf.CNF(
+            field, method=method, engine="generic", cuda_graph=graph, rtol=1e-4, atol=1e-4,
+            regularizers={"kinetic": 0.1},
+        )  # fmt: skip
+        leaf = x.clone().requires_grad_()
+        density = flow.log_prob(leaf, context, seed=1)
+        stats = flow.stats
+        loss = (stats.regularizers["kinetic"] - density).mean()
+        gradients = torch.autograd.grad(loss, [leaf, *field.parameters()])
+        if graph:
+            assert [type(each) for each in flow._recordings.kept.values()] == [captured.Recording]
+        return [density.detach(), *gradients], (stats.nfe_forward, stats.accepted, stats.rejected)
+
+    expected, counts = train(False)
+    assert counts[1] > 2
+    monkeypatch.setattr(captured, "kernels", lambda y: host)
+    mine, own = train(True)
+    assert own == counts
+    close = 1e-9 if dtype == F64 else 1e-4
+    for a, b in zip(mine, expected):
+        torch.testing.assert_close(a, b, rtol=close, atol=close)
+    host.seed(2)
+    for a, b in zip(train(True)[0], mine):
+        assert_same_bits(a, b)

@@ -1269,6 +1269,9 @@ TAPE = ops.mlp_solve(X, None, *MLP_SETTINGS, 1.0, 0.0, [], GRID, 0)[3:]
 SAMPLES_TAPE = ops.mlp_samples(X, None, *SAMPLES_SETTINGS, 1.0, 0.0, CONTROL, True)[3:]
 BARS = (X, X[:, 0].unsqueeze(0))
 E6 = torch.linspace(0.1, 0.7, 6, dtype=F64)
+FLOW = [torch.zeros(size, dtype=F64) for size in (len(_C.flow_fields), 3, 1)]
+FLOW += [torch.zeros(2, 3, dtype=F64), torch.zeros(_C.flow_report_numbers, dtype=F64)]
+FLOW_RULE = ([math.inf, 0.9, 10.0, 0.2, 100.0, 5.0], [0.0, 0.5, 1.0])
 OPCHECK = {
     "rk_stage": (ops.rk_stage, (Y, K, False, [Y], [0.5, 0.25], H)),
     "rk_stage, stored": (ops.rk_stage, (Y.double(), K.double(), True, [], E3, H)),
@@ -1303,6 +1306,17 @@ OPCHECK = {
         ops.rk_combine,
         (Y.double().view(2, 3).t(), [K[0].double().view(3, 2).requires_grad_()], [0.5], H,
          torch.tensor(H, dtype=F64, requires_grad=True)),
+    ),
+    "attempt_combine": (
+        ops.attempt_combine, (Y.view(2, 3), [K[0].view(2, 3)], [0.5], torch.tensor([H])),
+    ),
+    "flow_control": (
+        ops.flow_control, (FLOW, torch.tensor([0.5, 1.0], dtype=F64), "decide", *FLOW_RULE),
+    ),
+    "flow_control, recall": (ops.flow_control, (FLOW, None, "recall", *FLOW_RULE)),
+    "flow_advance": (
+        ops.flow_advance,
+        (FLOW, Y.double(), -Y.double(), K.double(), torch.zeros(2, 4, dtype=F64)),
     ),
     "broyden_step": (ops.broyden_step, (Y, [])),
     "broyden_step, two": (ops.broyden_step, (Y.double(), [E6, E6.flip(0)])),

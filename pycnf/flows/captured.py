@@ -199,8 +199,12 @@ def obstacle(problem: Problem, x: Tensor, taped: bool, ends: bool) -> str | None
             or module._backward_hooks or module._backward_pre_hooks
         ):  # fmt: skip
             return f"there are hooks on {type(module).__name__}, which a replay would not call"
+    if any(getattr(module, "_is_replica", False) for module in field.modules()):
+        return "the field is a replica of nn.DataParallel, made anew for every solve"
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms the solve"
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return f"the state is on {x.device}, which is not the current device"
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a capture is under way"
     return None

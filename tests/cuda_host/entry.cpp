@@ -37,6 +37,16 @@ struct Plan {
   int64_t output_count, stop_count, report_count;
 };
 
+// The tensors of core/flow_attempt.h's FlowPlan.
+struct FlowTensors {
+  double* attempt;
+  void* times;
+  void* h;
+  double* tape;
+  double* report;
+  int64_t capacity;
+};
+
 // Calls body(T()) with T = double if `wide`, else float.
 template <typename Body>
 cudaError_t in_dtype(bool wide, const Body& body) {
@@ -214,6 +224,46 @@ cudaError_t advance(bool wide_time, bool wide, Plan plan, void* y, const void* y
     p.solution = static_cast<T*>(solution);
     p.size = size;
     return pycnf::launch_advance<decltype(time)>(p, nullptr);
+  });
+}
+
+cudaError_t flow_control(bool wide, int moment, FlowTensors tensors, const double* rule,
+                         const double* nodes, int node_count, const double* norms) {
+  return in_dtype(wide, [&](auto zero) {
+    using T = decltype(zero);
+    pycnf::FlowPlan<T> p = {};
+    p.rule.control.max_step = rule[0];
+    p.rule.control.safety = rule[1];
+    p.rule.control.ifactor = rule[2];
+    p.rule.control.dfactor = rule[3];
+    p.rule.control.max_num_steps = int64_t(rule[4]);
+    p.rule.order = int(rule[5]);
+    p.rule.nodes = node_count;
+    std::copy(nodes, nodes + node_count, p.rule.c);
+    p.attempt = reinterpret_cast<pycnf::FlowAttempt*>(tensors.attempt);
+    p.times = static_cast<T*>(tensors.times);
+    p.h = static_cast<T*>(tensors.h);
+    p.tape = tensors.tape;
+    p.capacity = tensors.capacity;
+    p.report = tensors.report;
+    return pycnf::launch_flow_control(pycnf::FlowMoment(moment), p, norms, nullptr);
+  });
+}
+
+cudaError_t flow_advance(bool wide, FlowTensors tensors, void* y, const void* y1, void* first_row,
+                         const void* last_row, void* tape, int64_t kept, int64_t size) {
+  return in_dtype(wide, [&](auto zero) {
+    using T = decltype(zero);
+    pycnf::FlowAdvanceParams<T> p = {};
+    p.attempt = reinterpret_cast<const pycnf::FlowAttempt*>(tensors.attempt);
+    p.y = static_cast<T*>(y);
+    p.y1 = static_cast<const T*>(y1);
+    p.first_row = static_cast<T*>(first_row);
+    p.last_row = static_cast<const T*>(last_row);
+    p.tape = tensors.capacity > 0 ? static_cast<T*>(tape) : nullptr;
+    p.kept = kept;
+    p.size = size;
+    return pycnf::launch_flow_advance(p, nullptr);
   });
 }
 
