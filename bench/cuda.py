@@ -201,9 +201,10 @@ def ffjord(device: torch.device, batch: int = 1024) -> Case:
     mlp = pycnf.nn.MLP(2, (64, 64, 64)).to(device)
     x = torch.randn(batch, 2).to(device)
     probe = (torch.randint(0, 2, (batch, 2)) * 2 - 1).to(x)
+    captured = _OPTIONS[CAPTURED].get(_OPTION, False)
     makers = {
-        OURS: lambda: OurStep(mlp, x, probe, "generic"),
-        CAPTURED: lambda: OurStep(mlp, x, probe, "generic", dict(_OPTIONS[CAPTURED])),
+        OURS: lambda: OurStep(mlp, x, probe, "generic", cuda_graph=False),
+        CAPTURED: lambda: OurStep(mlp, x, probe, "generic", cuda_graph=captured),
         PEER: lambda: TorchdiffeqStep(mlp, x, probe, 1e-5, adjoint=True),
     }
     steps: dict[str, OurStep | TorchdiffeqStep] = {}

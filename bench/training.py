@@ -97,15 +97,15 @@ class OurStep:
         x: Tensor,
         probe: Tensor,
         engine: str,
-        options: dict | None = None,
+        cuda_graph: bool | None = None,
     ) -> None:
         self.flow = pycnf.CNF(
             field,
             method=_METHOD,
             rtol=_TOLERANCE,
             atol=_TOLERANCE,
-            options=options,
             engine=engine,
+            cuda_graph=cuda_graph,
         )
         self.x, self.probe = x, probe.unsqueeze(0)
 
