@@ -1,6 +1,6 @@
-// The flows' adaptive solve as pycnf/flows/shared.py has it, for solves whose steps are chosen where
-// the state is: one attempt after another, and no host in between. Its accepted steps are read
-// again, last first, for the gradient.
+// The flows' adaptive solve as pycnf/flows/shared.py has it, for solves whose steps are chosen
+// where the state is: one attempt after another, and no host in between. Its accepted steps are
+// read again, last first, for the gradient.
 #pragma once
 
 #include <cmath>

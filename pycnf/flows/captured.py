@@ -96,8 +96,6 @@ class Recordings:
             return None
         parameters = wanted_parameters(problem, x, context)
         reason = obstacle(problem, x, parameters is not None, ends)
-        if reason is None and not asked and not is_own(problem.field):
-            return None
         if reason is None:
             key = key_of(problem, x, context, parameters is not None)
             try:
