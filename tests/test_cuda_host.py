@@ -938,3 +938,32 @@ def test_solves(host, monkeypatch, method, dtype, size, case):
     host.seed(2)
     again, _ = solve(cuda_graph=True)
     assert_same_bits(again, mine)
+
+
+# ---- whole solves of half states by the kernels --------------------------------------------------
+
+
+@HALVES
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3", "dopri8", "rk4", "midpoint"])
+def test_solves_of_half_states(host, monkeypatch, method, reverse, dtype):
+    """They agree with the solution in float64 to half precision."""
+    stepper = importlib.import_module("pycnf.odeint.stepper")
+    y0, eps = normal(1025, dtype=dtype), torch.finfo(dtype).eps
+    times = torch.linspace(1.0, -0.5, 13) if reverse else torch.linspace(0.0, 1.5, 13)
+    tol = {"rtol": eps, "atol": eps} if method in ADAPTIVE else {}
+    exact = pycnf.odeint(Swing(), y0.double(), times.double(), rtol=1e-10, atol=1e-10)
+    seen = []
+
+    def field(t, y):
+        seen.append((t.dtype, y.dtype))
+        return Swing()(t, y)
+
+    monkeypatch.setattr(stepper, "kernels", lambda y: host)
+    with torch.no_grad():
+        ys = pycnf.odeint(field, y0, times, method=method, **tol)
+    assert ys.dtype == dtype
+    assert set(seen) == {(dtype, dtype)}
+    assert torch.equal(ys[0], y0)
+    error = (ys.double() - exact).abs().max() / exact.abs().max()
+    assert error < (4 if method in ("dopri8", "rk4") else 16) * eps
