@@ -67,12 +67,15 @@ mlp_value_divergence = _compiled.mlp_value_divergence
 mlp_value_divergence_backward = _compiled.mlp_value_divergence_backward
 mlp_value_jvp_backward = _compiled.mlp_value_jvp_backward
 _DTYPES = (torch.float32, torch.float64)
+# Steps on a GPU take these too, computed in float32; probes, and steps that it chooses, do not.
+_HALVES = (torch.float16, torch.bfloat16)
 _DEVICES = ("cpu", "cuda") if _C.with_cuda else ("cpu",)
 
 
 def has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the compiled ops serve this dtype on this device."""
-    return dtype in _DTYPES and device.type in _DEVICES
+    """Whether the compiled ops serve states of this dtype on this device."""
+    served = dtype in _DTYPES or (dtype in _HALVES and device.type == "cuda")
+    return served and device.type in _DEVICES
 
 
 def kernels(y: Tensor) -> Any:
@@ -105,7 +108,8 @@ def probe_keys(x: Tensor) -> Tensor:
         >>> probe_keys(torch.zeros(2, 3)).shape
         torch.Size([2])
     """
-    return kernels(x).probe_keys(x)
+    served = reference if x.dtype in _HALVES else kernels(x)
+    return served.probe_keys(x)
 
 
 def probe_sample(
@@ -132,7 +136,8 @@ def probe_sample(
     """
     if noise not in ("rademacher", "gaussian"):
         raise ValueError(f'noise must be "rademacher" or "gaussian", got {noise!r}')
-    served = _compiled if has_kernels(dtype, keys.device) else reference
+    compiled = dtype not in _HALVES and has_kernels(dtype, keys.device)
+    served = _compiled if compiled else reference
     return served.probe_sample(
         keys, signed_seed(seed), probes, features, noise == "gaussian", dtype
     )

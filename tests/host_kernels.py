@@ -59,13 +59,16 @@ class FlowTensors(ctypes.Structure):
     )
 
 
+# entry.cpp's numbers for what a state is stored in.
+STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
 SIGNATURES = {
-    "stage": [ctypes.c_bool, Pointer, Terms, *[Pointer] * 3, Double, Int64],
+    "stage": [ctypes.c_int, Pointer, Terms, *[Pointer] * 3, Double, Int64],
     "finish": [
-        ctypes.c_bool, Pointer, Terms, Terms, *[Pointer] * 4, Double, Tolerance, Segments,
+        ctypes.c_int, Pointer, Terms, Terms, *[Pointer] * 4, Double, Tolerance, Segments,
         Pointer, Int64,
     ],
-    "initial": [ctypes.c_bool, *[Pointer] * 3, Tolerance, Segments, Pointer, Int64],
+    "initial": [ctypes.c_int, *[Pointer] * 3, Tolerance, Segments, Pointer, Int64],
     "attempt_stage": [ctypes.c_bool, Pointer, Terms, *[Pointer] * 4, Int64],
     "attempt_finish": [
         ctypes.c_bool, Pointer, Terms, Terms, *[Pointer] * 4, Tolerance, Segments, Pointer, Int64,
@@ -83,7 +86,7 @@ SIGNATURES = {
     ],
     "flow_advance": [ctypes.c_bool, FlowTensors, *[Pointer] * 5, Int64, Int64],
     "interpolate": [
-        ctypes.c_bool, *[Pointer] * 4, Terms, Double, ctypes.POINTER(Double), Int64, Pointer, Int64,
+        ctypes.c_int, *[Pointer] * 4, Terms, Double, ctypes.POINTER(Double), Int64, Pointer, Int64,
     ],
     "store_values": [ctypes.c_bool, ctypes.POINTER(Double), Int64, Pointer],
     "store_pieces": [Pointer, ctypes.c_int32, Pointer],
@@ -194,7 +197,7 @@ class HostKernels:
         rows = self._rows(k, flip)[: len(weights)]
         out = torch.full_like(y0, float("nan"))
         self.call(
-            "stage", y0.dtype == torch.float64, address(y0), terms(rows, weights),
+            "stage", STORAGE[y0.dtype], address(y0), terms(rows, weights),
             address(*fresh or [None]), address(rows[-1]), address(out), h, y0.numel(),
         )  # fmt: skip
         return out
@@ -202,7 +205,7 @@ class HostKernels:
     def rk_combine(self, y, k, weights, h, h_graph=None, ordered=False):
         out = torch.full_like(y, float("nan"))
         self.call(
-            "stage", y.dtype == torch.float64, address(y), terms(k, weights, ordered), None, None,
+            "stage", STORAGE[y.dtype], address(y), terms(k, weights, ordered), None, None,
             address(out), h, y.numel(),
         )  # fmt: skip
         return out
@@ -213,7 +216,7 @@ class HostKernels:
         rows = self._rows(k, flip)
         result = torch.full((2,), float("nan"), dtype=torch.float64)
         self.call(
-            "finish", y0.dtype == torch.float64, address(y0), terms(rows, solution),
+            "finish", STORAGE[y0.dtype], address(y0), terms(rows, solution),
             terms(rows, error), address(*fresh or [None]), address(rows[-1]), address(y1),
             address(ratio), h, self._tolerance(rtol, atol), self._segments(segments),
             address(result), y0.numel(),
@@ -304,7 +307,7 @@ class HostKernels:
     def rk_initial_norms(self, y0, f0, f1, rtol, atol, segments):
         result = torch.full((2,), float("nan"), dtype=torch.float64)
         self.call(
-            "initial", y0.dtype == torch.float64, address(y0), address(f0), address(f1),
+            "initial", STORAGE[y0.dtype], address(y0), address(f0), address(f1),
             self._tolerance(rtol, atol), self._segments(segments), address(result), y0.numel(),
         )  # fmt: skip
         return result
@@ -312,7 +315,7 @@ class HostKernels:
     def rk_interpolate(self, y0, y1, k, flip, middle, h, x, out):
         rows = self._rows(k, flip)
         self.call(
-            "interpolate", y0.dtype == torch.float64, address(y0), address(y1), address(rows[0]),
+            "interpolate", STORAGE[y0.dtype], address(y0), address(y1), address(rows[0]),
             address(rows[-1]), terms(rows, middle), h, doubles(x), len(x), address(out), y0.numel(),
         )  # fmt: skip
 

@@ -20,8 +20,9 @@ if not (ROOT / "csrc").is_dir():
 if find_compiler() is None:
     pytest.skip("needs g++", allow_module_level=True)
 
-F32, F64 = torch.float32, torch.float64
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+HALVES = pytest.mark.parametrize("dtype", [F16, BF16], ids=["f16", "bf16"])
 SIZES = pytest.mark.parametrize("size", [0, 1, 3, 31, 255, 257, 1000, 1024, 1025, 5000])
 # Elements by which a view misses its allocation's alignment; 2 is 16 bytes in f64 only.
 OFFSETS = pytest.mark.parametrize("offset", [0, 1, 2])
@@ -73,7 +74,7 @@ class Guarded:
 def bits(x):
     """A NaN is a NaN, and -0 is 0: sums over no rows differ in their sign."""
     x = torch.where(x.isnan(), NAN, x + 0.0)
-    return x.view({F32: torch.int32, F64: torch.int64}[x.dtype])
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def assert_same_bits(result, expected):
@@ -428,6 +429,213 @@ def test_interpolate_at_more_times_than_fit_one_launch(host, ops, dtype, size, t
     check_interpolate(host, ops, dtype, size, 0, times)
 
 
+# ---- states of 16 bits: computed in f32, and each result rounded once ----------------------------
+
+# 8 is 16 bytes.
+HALF_CASES = (
+    HALVES,
+    pytest.mark.parametrize("size", [0, 1, 3, 31, 257, 1000, 1025, 5000]),
+    pytest.mark.parametrize("offset", [0, 1, 4, 8]),
+    FLIPS,
+)
+
+
+def half_cases(test):
+    for mark in HALF_CASES:
+        test = mark(test)
+    return test
+
+
+def floats(step):
+    return {name: x.float() for name, x in step.cpu.items()}
+
+
+@half_cases
+def test_stage_of_half_states(host, ops, dtype, size, offset, flip):
+    step = Step(size, dtype, offset)
+    weights = TABLEAUX["dopri5"]["a"][5]
+    step.put("k", len(weights) - 1, NAN)
+    x, wide = step.host, floats(step)
+    result = host.rk_stage(x["y0"], x["k"], flip, [x["fresh"]], weights, 0.37)
+    exact = ops.rk_stage(wide["y0"], wide["k"], flip, [wide["fresh"]], weights, 0.37)
+    assert_same_bits(result, exact.to(dtype))
+    step.cpu["k"].copy_(wide["k"])
+    step.check()
+
+
+@HALVES
+@FLIPS
+@pytest.mark.parametrize("method", TABLEAUX)
+def test_stage_of_half_states_of_every_method(host, ops, method, flip, dtype):
+    tableau = TABLEAUX[method]
+    for row in [*tableau["a"][1:], tableau["b"]]:
+        step = Step(300, dtype, stages=tableau["stages"])
+        x, wide = step.host, floats(step)
+        result = host.rk_stage(x["y0"], x["k"], flip, [], row, 0.21)
+        exact = ops.rk_stage(wide["y0"], wide["k"], flip, [], row, 0.21)
+        assert_same_bits(result, exact.to(dtype))
+
+
+@HALVES
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("terms", [1, 4, 9, 14])
+def test_combine_half_states(host, ops, dtype, terms, ordered):
+    for size in (1, 6, 1029):
+        y = normal(size, dtype=dtype)
+        k = [normal(size, dtype=dtype, seed=j) for j in range(terms)]
+        weights = [0.0 if j % 5 == 2 else (-1) ** j / (j + 1) for j in range(terms)]
+        result = host.rk_combine(y, k, weights, 0.3, None, ordered)
+        wide = [row.float() for row in k]
+        exact = ops.rk_combine(y.float(), wide, weights, 0.3, None, ordered)
+        assert_same_bits(result, exact.to(dtype))
+
+
+def check_finish_of_half_states(
+    host, ops, step, *, method="dopri5", flip=False, kind="host", segments=None
+):
+    """The solution that the error is scaled by is the rounded one."""
+    tableau, size = TABLEAUX[method], step.cpu["y0"].numel()
+    dtype = step.cpu["y0"].dtype
+    solution = [] if tableau["solution_is_last_stage"] else tableau["b"]
+    segments = [0, size] if segments is None else segments
+    tol = tolerances(kind, size)
+    host.tolerances_on_device = kind in ("device", "mixed")
+    x, wide = step.host, floats(step)
+    result = host.rk_finish(
+        x["y0"], x["k"], flip, [x["fresh"]], x["y1"], solution, tableau["e"], 0.37, *tol,
+        segments, x["ratio"],
+    )  # fmt: skip
+    start = (wide["y0"], wide["k"], flip, [wide["fresh"]])
+    if solution:
+        wide["y1"] = ops.rk_stage(*start, solution, 0.37).to(dtype).float()
+    expected = ops.rk_finish(
+        *start, wide["y1"], [], tableau["e"], 0.37, *tol, segments, wide["ratio"]
+    )
+    assert_norms(result, expected)
+    for name, part in wide.items():
+        step.cpu[name].copy_(part)
+    step.check()
+    return result
+
+
+@half_cases
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+def test_finish_of_half_states(host, ops, dtype, size, offset, flip, method):
+    check_finish_of_half_states(host, ops, Step(size, dtype, offset), method=method, flip=flip)
+
+
+@HALVES
+@pytest.mark.parametrize("offset", [0, 1, 8])
+@pytest.mark.parametrize("kind", ["device", "each", "mixed"])
+def test_finish_of_half_states_tolerances(host, ops, kind, offset, dtype):
+    check_finish_of_half_states(host, ops, Step(2051, dtype, offset), kind=kind)
+
+
+@HALVES
+@pytest.mark.parametrize("offset", [0, 1, 8])
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_finish_of_half_states_segments(host, ops, name, offset, dtype):
+    segments = SEGMENTS[name](6007)
+    step = Step(6007, dtype, offset)
+    check_finish_of_half_states(host, ops, step, method="tsit5", segments=segments)
+
+
+@HALVES
+@pytest.mark.parametrize("odd", ["y0", "k", "fresh", "y1", "ratio"])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+def test_half_states_with_one_part_that_is_not_aligned(host, ops, dtype, odd, method):
+    check_finish_of_half_states(host, ops, Step(1000, dtype, odd=odd), method=method)
+
+
+@HALVES
+def test_half_states_that_are_not_finite(host, ops, dtype):
+    """What a row has of infinities and NaN goes through."""
+    for bad in (NAN, math.inf, -math.inf):
+        for at in (0, 3, 999):
+            step = Step(1000, dtype)
+            step.put("y1", at, bad)
+            assert check_finish_of_half_states(host, ops, step)[1].item() == 0.0
+            step = Step(1000, dtype)
+            step.put("k", (2, at), bad)
+            step.put("fresh", at, bad)
+            check_finish_of_half_states(host, ops, step, method="tsit5", segments=[0, 1, 1, 1000])
+
+
+@HALVES
+@pytest.mark.parametrize("offset", [0, 1])
+def test_half_states_overflow_to_infinity_where_they_are_stored(host, dtype, offset):
+    """A sum that f32 holds is flagged all the same; one that only rounds down is not."""
+    largest = torch.finfo(dtype).max
+    below = torch.nextafter(torch.tensor(largest, dtype=dtype), torch.zeros((), dtype=dtype))
+    spacing = largest - below.item()
+    for excess, finite in ((0.25, True), (0.75, False)):
+        y0 = Guarded(torch.full((40,), largest, dtype=dtype), offset).view
+        k = Guarded(torch.full((1, 40), spacing, dtype=dtype), offset).view
+        expected = torch.full_like(y0, largest if finite else math.inf)
+        assert_same_bits(host.rk_stage(y0, k, False, [], [excess], 1.0), expected)
+        y1, tol = torch.empty_like(y0), torch.tensor(1e-3, dtype=F64)
+        norm, flag = host.rk_finish(
+            y0, k, False, [], y1, [excess], [1e-3], 1.0, tol, tol, [0, 40]
+        ).tolist()
+        assert_same_bits(y1, expected)
+        assert flag == finite and (norm > 0) == finite
+
+
+@HALVES
+def test_half_states_round_to_the_nearest_and_to_even(host, dtype):
+    """Every number of 16 bits, and what lies a quarter, a half and three quarters to the next."""
+    numbers = torch.arange(2**16).to(torch.uint16).view(dtype)
+    numbers = numbers[numbers.isfinite()]
+    y0, change = numbers, torch.nextafter(numbers, torch.full_like(numbers, math.inf)) - numbers
+    change = torch.where(change.isfinite(), change, 0)
+    for part in (0.25, 0.5, 0.75):
+        result = host.rk_stage(y0, change[None], False, [], [part], 1.0)
+        assert_same_bits(result, (y0.float() + part * change.float()).to(dtype))
+
+
+@HALVES
+@SECOND
+@pytest.mark.parametrize("offset", [0, 1, 8])
+@pytest.mark.parametrize("size", [1, 3, 31, 1000, 5000])
+def test_initial_norms_of_half_states(host, ops, dtype, offset, size, second):
+    tensors = [normal(size, dtype=dtype, seed=seed) for seed in range(3)]
+    guarded = [Guarded(x, offset).view for x in tensors]
+    wide = [x.float() for x in tensors]
+    if not second:
+        wide[2] = guarded[2] = None
+    for kind in ("host", "device", "each"):
+        host.tolerances_on_device = kind == "device"
+        for segments in ([0, size], cuts(size, 5)):
+            tol = tolerances(kind, size)
+            result = host.rk_initial_norms(*guarded, *tol, segments)
+            assert_norms(result, ops.rk_initial_norms(*wide, *tol, segments))
+
+
+def check_interpolate_of_half_states(host, ops, dtype, size, offset, flip, times):
+    x, middle = [i / max(1, times - 1) for i in range(times)], TABLEAUX["dopri5"]["m"]
+    step = Step(size, dtype, offset)
+    part, wide = step.host, floats(step)
+    exact = torch.full((times, size), NAN)
+    result = Guarded(exact.to(dtype), offset)
+    host.rk_interpolate(part["y0"], part["y1"], part["k"], flip, middle, 0.37, x, result.view)
+    ops.rk_interpolate(wide["y0"], wide["y1"], wide["k"], flip, middle, 0.37, x, exact)
+    assert_same_bits(result.view, exact.to(dtype))
+    result.check()
+    step.check()
+
+
+@half_cases
+@pytest.mark.parametrize("times", [1, 3])
+def test_interpolate_half_states(host, ops, dtype, size, offset, flip, times):
+    check_interpolate_of_half_states(host, ops, dtype, size, offset, flip, times)
+
+
+@HALVES
+@pytest.mark.parametrize("size", [5, 64])
+def test_interpolate_half_states_at_more_times_than_fit_one_launch(host, ops, dtype, size):
+    check_interpolate_of_half_states(host, ops, dtype, size, 0, True, 129)
+
+
 # ---- values, pieces, probes ----------------------------------------------------------------------
 
 
@@ -772,3 +980,32 @@ def test_flows(host, monkeypatch, method, dtype, batch):
     host.seed(2)
     for a, b in zip(train(True)[0], mine):
         assert_same_bits(a, b)
+
+
+# ---- whole solves of half states by the kernels --------------------------------------------------
+
+
+@HALVES
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3", "dopri8", "rk4", "midpoint"])
+def test_solves_of_half_states(host, monkeypatch, method, reverse, dtype):
+    """They agree with the solution in float64 to half precision."""
+    stepper = importlib.import_module("pycnf.odeint.stepper")
+    y0, eps = normal(1025, dtype=dtype), torch.finfo(dtype).eps
+    times = torch.linspace(1.0, -0.5, 13) if reverse else torch.linspace(0.0, 1.5, 13)
+    tol = {"rtol": eps, "atol": eps} if method in ADAPTIVE else {}
+    exact = pycnf.odeint(Swing(), y0.double(), times.double(), rtol=1e-10, atol=1e-10)
+    seen = []
+
+    def field(t, y):
+        seen.append((t.dtype, y.dtype))
+        return Swing()(t, y)
+
+    monkeypatch.setattr(stepper, "kernels", lambda y: host)
+    with torch.no_grad():
+        ys = pycnf.odeint(field, y0, times, method=method, **tol)
+    assert ys.dtype == dtype
+    assert set(seen) == {(dtype, dtype)}
+    assert torch.equal(ys[0], y0)
+    error = (ys.double() - exact).abs().max() / exact.abs().max()
+    assert error < (4 if method in ("dopri8", "rk4") else 16) * eps

@@ -7,10 +7,13 @@
 
 namespace pycnf {
 
-// Derivative rows of one step with their weights, multiplied by the step size in the state's dtype.
-template <typename T>
+// A step's arithmetic is done in T. Storage is what its states are kept in: T, or on a GPU half as
+// wide.
+
+// Derivative rows of one step with their weights, multiplied by the step size.
+template <typename Storage, typename T = Storage>
 struct WeightedRows {
-  const T* rows[kMaxStages];  // each [N]
+  const Storage* rows[kMaxStages];  // each [N]
   T weights[kMaxStages];
   int count;
   bool ordered;    // summed in the order of the rows, not in that of rk.h
@@ -19,13 +22,13 @@ struct WeightedRows {
 
 // out = y0 + sum of weighted rows. When `fresh` is set, the newest row (rows[count - 1]) has not
 // been stored yet: it is read from `fresh` and written to `fresh_row` on the way.
-template <typename T>
+template <typename Storage, typename T = Storage>
 struct StageParams {
-  const T* y0;  // [N]
-  WeightedRows<T> terms;
-  const T* fresh;  // [N] or null
-  T* fresh_row;    // [N]
-  T* out;          // [N]
+  const Storage* y0;  // [N]
+  WeightedRows<Storage, T> terms;
+  const Storage* fresh;  // [N] or null
+  Storage* fresh_row;    // [N]
+  Storage* out;          // [N]
 };
 
 // Tolerances of a solve: one number each, or one per element of the state. A number that lives in
@@ -41,40 +44,40 @@ struct Tolerance {
 };
 
 // End of a step: solution, error estimate and the squared scaled error, in one pass.
-template <typename T>
+template <typename Storage, typename T = Storage>
 struct FinishParams {
-  const T* y0;               // [N]
-  WeightedRows<T> solution;  // count 0: y1 is there already
-  WeightedRows<T> error;
-  const T* fresh;  // [N] or null, as above; the newest row of both sums
-  T* fresh_row;    // [N]
-  T* y1;           // [N]
-  T* ratio;        // [N] or null: the scaled error itself, for norms that are not ours
+  const Storage* y0;                  // [N]
+  WeightedRows<Storage, T> solution;  // count 0: y1 is there already
+  WeightedRows<Storage, T> error;
+  const Storage* fresh;  // [N] or null, as above; the newest row of both sums
+  Storage* fresh_row;    // [N]
+  Storage* y1;           // [N]
+  Storage* ratio;        // [N] or null: the scaled error itself, for norms that are not ours
   Tolerance<T> tolerance;
 };
 
 // The quartic interpolant of a step at `times` points x = (t - t0) / (t1 - t0).
-template <typename T>
+template <typename Storage, typename T = Storage>
 struct InterpolateParams {
-  const T* y0;  // [N]
-  const T* y1;  // [N]
-  const T* f0;  // [N]
-  const T* f1;  // [N]
-  WeightedRows<T> middle;
+  const Storage* y0;  // [N]
+  const Storage* y1;  // [N]
+  const Storage* f0;  // [N]
+  const Storage* f1;  // [N]
+  WeightedRows<Storage, T> middle;
   T h;
   const T* x;  // [times]
   int64_t times;
-  T* out;  // [times, N]
+  Storage* out;  // [times, N]
   int64_t size;
 };
 
 // Squared scaled values for the initial step: y0 / scale and f0 / scale, or (f1 - f0) / scale when
 // f1 is there.
-template <typename T>
+template <typename Storage, typename T = Storage>
 struct InitialParams {
-  const T* y0;  // [N]
-  const T* f0;  // [N]
-  const T* f1;  // [N] or null
+  const Storage* y0;  // [N]
+  const Storage* f0;  // [N]
+  const Storage* f1;  // [N] or null
   Tolerance<T> tolerance;
 };
 

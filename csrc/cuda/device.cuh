@@ -1,8 +1,10 @@
 // The kernels' one door to CUDA's runtime and intrinsics: launch, barrier, warp exchange, shared
-// memory, wide loads. Who runs the kernels as plain C++ on a host, as tests/cuda_host does, replaces
-// <cuda_runtime.h>.
+// memory, wide loads, numbers of 16 bits. Who runs the kernels as plain C++ on a host, as
+// tests/cuda_host does, replaces <cuda_runtime.h>, <cuda_fp16.h> and <cuda_bf16.h>.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstddef>
@@ -60,6 +62,47 @@ __device__ inline int64_t global_thread() { return int64_t(blockIdx.x) * blockDi
 
 __device__ inline int64_t global_threads() { return int64_t(gridDim.x) * blockDim.x; }
 
+// ---- storage and arithmetic ---------------------------------------------------------------------
+
+// What numbers that are stored as Storage are computed in.
+template <typename Storage>
+using Arithmetic = std::conditional_t<sizeof(Storage) == 2, float, Storage>;
+
+template <typename Storage>
+__device__ inline Arithmetic<Storage> widened(Storage x) {
+  if constexpr (std::is_same_v<Storage, __half>) {
+    return __half2float(x);
+  } else if constexpr (std::is_same_v<Storage, __nv_bfloat16>) {
+    return __bfloat162float(x);
+  } else {
+    return x;
+  }
+}
+
+// To the nearest number that can be stored, to infinity if none is near.
+template <typename Storage>
+__device__ inline Storage rounded(Arithmetic<Storage> x) {
+  if constexpr (std::is_same_v<Storage, __half>) {
+    return __float2half_rn(x);
+  } else if constexpr (std::is_same_v<Storage, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return x;
+  }
+}
+
+// Two of them as they lie in memory.
+template <typename Storage>
+__device__ inline uint32_t rounded_pair(float first, float second) {
+  if constexpr (std::is_same_v<Storage, __half>) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+}
+
 // ---- groups of elements -------------------------------------------------------------------------
 
 // Elements that a thread moves in one access: kFull of them (16 bytes) where every row is aligned,
@@ -73,14 +116,44 @@ struct alignas(kWidth * sizeof(T)) Group {
   T value[kWidth];
 };
 
-template <int kWidth, typename T>
-__device__ inline Group<T, kWidth> load(const T* from) {
-  return *reinterpret_cast<const Group<T, kWidth>*>(from);
+// As it is stored.
+template <int kWidth, typename Storage>
+__device__ inline Group<Storage, kWidth> fetch(const Storage* from) {
+  return *reinterpret_cast<const Group<Storage, kWidth>*>(from);
 }
 
-template <int kWidth, typename T>
-__device__ inline void store(T* to, const Group<T, kWidth>& group) {
-  *reinterpret_cast<Group<T, kWidth>*>(to) = group;
+template <typename Storage, int kWidth>
+__device__ inline Group<Arithmetic<Storage>, kWidth> widened(const Group<Storage, kWidth>& group) {
+  Group<Arithmetic<Storage>, kWidth> wide;
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e) wide.value[e] = widened(group.value[e]);
+  return wide;
+}
+
+template <int kWidth, typename Storage>
+__device__ inline Group<Arithmetic<Storage>, kWidth> load(const Storage* from) {
+  return widened(fetch<kWidth>(from));
+}
+
+template <int kWidth, typename Storage>
+__device__ inline void store(Storage* to, const Group<Storage, kWidth>& group) {
+  *reinterpret_cast<Group<Storage, kWidth>*>(to) = group;
+}
+
+// In words of two numbers, which the compiler does not store one by one.
+template <int kWidth, typename Storage>
+  requires(sizeof(Storage) == 2)
+__device__ inline void store(Storage* to, const Group<float, kWidth>& group) {
+  if constexpr (kWidth == 1) {
+    *to = rounded<Storage>(group.value[0]);
+  } else {
+    Group<uint32_t, kWidth / 2> words;
+#pragma unroll
+    for (int e = 0; e < kWidth; e += 2) {
+      words.value[e / 2] = rounded_pair<Storage>(group.value[e], group.value[e + 1]);
+    }
+    *reinterpret_cast<Group<uint32_t, kWidth / 2>*>(to) = words;
+  }
 }
 
 template <typename T, int kWidth>

@@ -54,20 +54,23 @@ cudaError_t launch_store_pieces(const NormPiece* pieces,  // [count], host memor
 
 // ---- steps --------------------------------------------------------------------------------------
 
-template <typename T>
-cudaError_t launch_stage(const StageParams<T>& p, int64_t size, cudaStream_t stream);
+// The dtypes, as Storage and T of core/params.h: float, double, and __half and __nv_bfloat16 with
+// floats.
+
+template <typename Storage, typename T>
+cudaError_t launch_stage(const StageParams<Storage, T>& p, int64_t size, cudaStream_t stream);
 
 // result: error norm, then 1 if y1 is finite else 0. If p.solution has terms, then as many as
 // p.error, over the same rows.
-template <typename T>
-cudaError_t launch_finish(const FinishParams<T>& p, const NormLayout& layout,
+template <typename Storage, typename T>
+cudaError_t launch_finish(const FinishParams<Storage, T>& p, const NormLayout& layout,
                           NormPartial* partials,  // [ranges]
                           double* result,         // [2]
                           cudaStream_t stream);
 
 // result: the norms of y0 / scale and f0 / scale, or of (f1 - f0) / scale twice.
-template <typename T>
-cudaError_t launch_initial(const InitialParams<T>& p, const NormLayout& layout,
+template <typename Storage, typename T>
+cudaError_t launch_initial(const InitialParams<Storage, T>& p, const NormLayout& layout,
                            NormPartial* partials,  // [ranges]
                            double* result,         // [2]
                            cudaStream_t stream);
@@ -79,22 +82,22 @@ cudaError_t launch_control(Moment moment, const AttemptPlan<State>& plan, const 
 
 // What follows an accepted step: its output times to `solution`, y1 to y, the last row of k to the
 // first; nothing after another.
-template <typename T>
+template <typename Storage, typename T = Storage>
 struct AdvanceParams {
   const Attempt* attempt;
   const double* outputs;
-  T* y;               // [N]
-  const T* y1;        // [N]
-  T* first_row;       // [N]
-  const T* last_row;  // [N]
-  WeightedRows<T> middle;
-  const T* h;   // of the accepted step
-  T* solution;  // [outputs, N]
+  Storage* y;               // [N]
+  const Storage* y1;        // [N]
+  Storage* first_row;       // [N]
+  const Storage* last_row;  // [N]
+  WeightedRows<Storage, T> middle;
+  const T* h;         // of the accepted step
+  Storage* solution;  // [outputs, N]
   int64_t size;
 };
 
-template <typename Time, typename State>
-cudaError_t launch_advance(const AdvanceParams<State>& p, cudaStream_t stream);
+template <typename Time, typename Storage, typename T>
+cudaError_t launch_advance(const AdvanceParams<Storage, T>& p, cudaStream_t stream);
 
 // Settles what core/flow_attempt.h says. norms: [2] in device memory, or null.
 template <typename State>
@@ -119,8 +122,8 @@ template <typename State>
 cudaError_t launch_flow_advance(const FlowAdvanceParams<State>& p, cudaStream_t stream);
 
 // p.x is host memory: the points travel as arguments.
-template <typename T>
-cudaError_t launch_interpolate(const InterpolateParams<T>& p, cudaStream_t stream);
+template <typename Storage, typename T>
+cudaError_t launch_interpolate(const InterpolateParams<Storage, T>& p, cudaStream_t stream);
 
 // Travel as arguments, as above: a copy from pageable memory waits for the GPU.
 template <typename T>

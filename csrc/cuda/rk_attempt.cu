@@ -15,44 +15,44 @@ __global__ void __launch_bounds__(kWarp)
   if (threadIdx.x == 0) control_attempt<Time>(moment, plan, norms);
 }
 
-template <typename T>
+template <typename Storage, typename T>
 struct AdvanceArguments {
   const Attempt* attempt;
   const double* outputs;
-  T* y;               // [N]
-  const T* y1;        // [N]
-  T* first_row;       // [N]
-  const T* last_row;  // [N]
-  PackedRows<T, 1> middle;
+  Storage* y;               // [N]
+  const Storage* y1;        // [N]
+  Storage* first_row;       // [N]
+  const Storage* last_row;  // [N]
+  PackedRows<Storage, 1, T> middle;
   const T* h;
-  T* solution;  // [outputs, N]
+  Storage* solution;  // [outputs, N]
   int64_t size;
 };
 
-template <typename Time, typename State, int kWidth>
+template <typename Time, typename Storage, typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
-    advance_kernel(const __grid_constant__ AdvanceArguments<State> p) {
+    advance_kernel(const __grid_constant__ AdvanceArguments<Storage, T> p) {
   const Attempt& attempt = *p.attempt;
   if (attempt.accepted_now == 0) return;
   const int64_t first = int64_t(attempt.first_output), last = int64_t(attempt.last_output);
-  const State h = *p.h;
+  const T h = *p.h;
   for_each_group<kWidth>(0, p.size, global_thread(), global_threads(), [&](auto width, int64_t i) {
     constexpr int w = decltype(width)::value;
-    const Group<State, w> y1 = load<w>(p.y1 + i);
-    const Group<State, w> f1 = load<w>(p.last_row + i);
+    const Group<T, w> y1 = load<w>(p.y1 + i);
+    const Group<T, w> f1 = load<w>(p.last_row + i);
     if (first < last) {
-      const Group<State, w> y0 = load<w>(p.y + i);
-      const Group<State, w> f0 = load<w>(p.first_row + i);
-      const Group<State, w> middle = advance<w>(p.y, p.middle, i);
-      Quartic<State> quartic[w];
+      const Group<T, w> y0 = load<w>(p.y + i);
+      const Group<T, w> f0 = load<w>(p.first_row + i);
+      const Group<T, w> middle = advance<w>(p.y, p.middle, i);
+      Quartic<T> quartic[w];
 #pragma unroll
       for (int e = 0; e < w; ++e) {
         quartic[e] =
             fit_quartic(y0.value[e], y1.value[e], middle.value[e], f0.value[e], f1.value[e], h);
       }
       for (int64_t output = first; output < last; ++output) {
-        const State x = step_point<Time, State>(attempt, p.outputs[output]);
-        Group<State, w> out;
+        const T x = step_point<Time, T>(attempt, p.outputs[output]);
+        Group<T, w> out;
 #pragma unroll
         for (int e = 0; e < w; ++e) out.value[e] = evaluate_quartic(quartic[e], x);
         store<w>(p.solution + output * p.size + i, out);
@@ -71,26 +71,28 @@ cudaError_t launch_control(Moment moment, const AttemptPlan<State>& plan, const 
   return launch(control_kernel<Time, State>, 1, kWarp, 0, stream, plan, moment, norms);
 }
 
-template <typename Time, typename State>
-cudaError_t launch_advance(const AdvanceParams<State>& p, cudaStream_t stream) {
+template <typename Time, typename Storage, typename T>
+cudaError_t launch_advance(const AdvanceParams<Storage, T>& p, cudaStream_t stream) {
   if (p.size == 0) return cudaSuccess;
-  const AdvanceArguments<State> arguments = {
+  const AdvanceArguments<Storage, T> arguments = {
       p.attempt,
       p.outputs,
       p.y,
       p.y1,
       p.first_row,
       p.last_row,
-      pack_rows<State, 1>({&p.middle}, nullptr, nullptr),
+      pack_rows<Storage, 1, T>({&p.middle}, nullptr, nullptr),
       p.h,
       p.solution,
       p.size,
   };
   const bool wide = aligned({p.y, p.y1, p.first_row, p.last_row, p.solution}) &&
-                    aligned(arguments.middle) && p.size % kFull<State> == 0;
-  const int width = wide ? kFull<State> : 1;
-  return launch(wide ? advance_kernel<Time, State, kFull<State>> : advance_kernel<Time, State, 1>,
-                blocks_for(p.size, int64_t(kThreads) * width), kThreads, 0, stream, arguments);
+                    aligned(arguments.middle) && p.size % kFull<Storage> == 0;
+  const int width = wide ? kFull<Storage> : 1;
+  const auto kernel =
+      wide ? advance_kernel<Time, Storage, T, kFull<Storage>> : advance_kernel<Time, Storage, T, 1>;
+  return launch(kernel, blocks_for(p.size, int64_t(kThreads) * width), kThreads, 0, stream,
+                arguments);
 }
 
 template cudaError_t launch_control<double>(Moment, const AttemptPlan<float>&, const double*,
@@ -102,5 +104,11 @@ template cudaError_t launch_control<float>(Moment, const AttemptPlan<float>&, co
 template cudaError_t launch_advance<double>(const AdvanceParams<float>&, cudaStream_t);
 template cudaError_t launch_advance<double>(const AdvanceParams<double>&, cudaStream_t);
 template cudaError_t launch_advance<float>(const AdvanceParams<float>&, cudaStream_t);
+template cudaError_t launch_advance<double>(const AdvanceParams<__half, float>&, cudaStream_t);
+template cudaError_t launch_advance<double>(const AdvanceParams<__nv_bfloat16, float>&,
+                                            cudaStream_t);
+template cudaError_t launch_advance<float>(const AdvanceParams<__half, float>&, cudaStream_t);
+template cudaError_t launch_advance<float>(const AdvanceParams<__nv_bfloat16, float>&,
+                                           cudaStream_t);
 
 }  // namespace pycnf

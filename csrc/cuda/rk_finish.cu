@@ -9,21 +9,21 @@
 namespace pycnf {
 namespace {
 
-template <typename T>
+template <typename Storage, typename T>
 struct FinishArguments {
-  const T* y0;            // [N]
-  PackedRows<T, 2> rows;  // sums: solution, error
-  bool writes_solution;   // else y1 is read
-  const T* fresh;         // [N] or null
-  T* fresh_row;           // [N]
-  T* y1;                  // [N]
-  T* ratio;               // [N] or null
+  const Storage* y0;               // [N]
+  PackedRows<Storage, 2, T> rows;  // sums: solution, error
+  bool writes_solution;            // else y1 is read
+  const Storage* fresh;            // [N] or null
+  Storage* fresh_row;              // [N]
+  Storage* y1;                     // [N]
+  Storage* ratio;                  // [N] or null
   Tolerance<T> tolerance;
 };
 
-template <typename T, int kWidth>
+template <typename Storage, typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const __grid_constant__ FinishArguments<T> p,
+    finish_kernel(const __grid_constant__ FinishArguments<Storage, T> p,
                   const __grid_constant__ NormLayout layout,
                   NormPartial* partials) {  // [ranges]
   const Tolerance<T> tolerance = resolved(p.tolerance);
@@ -38,7 +38,10 @@ __global__ void __launch_bounds__(kThreads)
       weighted_sums(p.rows, i, sums);
       if (p.writes_solution) {
 #pragma unroll
-        for (int e = 0; e < w; ++e) y1.value[e] = y0.value[e] + sums[0].value[e];
+        for (int e = 0; e < w; ++e) {
+          // What comes next is about the solution as it is stored, which may be infinite.
+          y1.value[e] = widened(rounded<Storage>(y0.value[e] + sums[0].value[e]));
+        }
         store<w>(p.y1 + i, y1);
       }
       store_fresh<w>(p.fresh, p.fresh_row, i);
@@ -61,19 +64,19 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-template <typename T>
-cudaError_t launch_finish(const FinishParams<T>& p, const NormLayout& layout, NormPartial* partials,
-                          double* result, cudaStream_t stream) {
+template <typename Storage, typename T>
+cudaError_t launch_finish(const FinishParams<Storage, T>& p, const NormLayout& layout,
+                          NormPartial* partials, double* result, cudaStream_t stream) {
   const bool writes_solution = p.solution.count > 0;
   if (writes_solution && p.solution.count != p.error.count) return cudaErrorInvalidValue;
   // Without terms, the solution's weights are zero.
-  WeightedRows<T> solution = p.error;
+  WeightedRows<Storage, T> solution = p.error;
   for (int j = 0; j < p.error.count; ++j) {
     solution.weights[j] = writes_solution ? p.solution.weights[j] : T(0);
   }
-  const FinishArguments<T> arguments = {
+  const FinishArguments<Storage, T> arguments = {
       p.y0,
-      pack_rows<T, 2>({&solution, &p.error}, p.fresh, p.fresh_row),
+      pack_rows<Storage, 2, T>({&solution, &p.error}, p.fresh, p.fresh_row),
       writes_solution,
       p.fresh,
       p.fresh_row,
@@ -84,9 +87,10 @@ cudaError_t launch_finish(const FinishParams<T>& p, const NormLayout& layout, No
   const bool wide = aligned({p.y0, p.fresh, p.fresh ? p.fresh_row : nullptr, p.y1, p.ratio}) &&
                     aligned(arguments.rows);
   if (layout.ranges > 0) {
-    const auto error = launch(wide ? finish_kernel<T, kFull<T>> : finish_kernel<T, 1>,
-                              blocks_for(layout.ranges, 1), kThreads, block_sum_bytes(kThreads),
-                              stream, arguments, layout, partials);
+    const auto kernel =
+        wide ? finish_kernel<Storage, T, kFull<Storage>> : finish_kernel<Storage, T, 1>;
+    const auto error = launch(kernel, blocks_for(layout.ranges, 1), kThreads,
+                              block_sum_bytes(kThreads), stream, arguments, layout, partials);
     if (error != cudaSuccess) return error;
   }
   return launch_reduce_norm(layout, partials, /*flag=*/true, result, stream);
@@ -96,5 +100,9 @@ template cudaError_t launch_finish(const FinishParams<float>&, const NormLayout&
                                    double*, cudaStream_t);
 template cudaError_t launch_finish(const FinishParams<double>&, const NormLayout&, NormPartial*,
                                    double*, cudaStream_t);
+template cudaError_t launch_finish(const FinishParams<__half, float>&, const NormLayout&,
+                                   NormPartial*, double*, cudaStream_t);
+template cudaError_t launch_finish(const FinishParams<__nv_bfloat16, float>&, const NormLayout&,
+                                   NormPartial*, double*, cudaStream_t);
 
 }  // namespace pycnf

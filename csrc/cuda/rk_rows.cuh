@@ -10,9 +10,9 @@ namespace pycnf {
 // (sum_group in core/rk.h) and within a group by stage. A group's partial sum is then complete
 // before the next begins, so one accumulator serves where the order of summation asks for up to
 // nine, and the kernel neither reads a row for nothing nor indexes registers.
-template <typename T, int kSums>
+template <typename Storage, int kSums, typename T = Storage>
 struct PackedRows {
-  const T* row[kMaxStages];
+  const Storage* row[kMaxStages];
   T weight[kSums][kMaxStages];
   const T* scale;  // of all weights, in device memory, or null
   uint32_t ends;   // bit j: row j is the last of its group
@@ -21,10 +21,10 @@ struct PackedRows {
 
 // Sums over the same rows with equally many terms. Where the newest row comes from `fresh`, it is
 // read there: other threads may not yet have stored it to `fresh_row`.
-template <typename T, int kSums>
-PackedRows<T, kSums> pack_rows(const WeightedRows<T>* const (&sums)[kSums], const T* fresh,
-                               const T* fresh_row) {
-  PackedRows<T, kSums> packed = {};
+template <typename Storage, int kSums, typename T = Storage>
+PackedRows<Storage, kSums, T> pack_rows(const WeightedRows<Storage, T>* const (&sums)[kSums],
+                                        const Storage* fresh, const Storage* fresh_row) {
+  PackedRows<Storage, kSums, T> packed = {};
   packed.scale = sums[0]->scale;
   const int terms = sums[0]->count;
   for (int group = 0; group < kSumGroups; ++group) {
@@ -34,7 +34,7 @@ PackedRows<T, kSums> pack_rows(const WeightedRows<T>* const (&sums)[kSums], cons
       for (int s = 0; s < kSums; ++s) wanted = wanted || sums[s]->weights[j] != T(0);
       const int own = sums[0]->ordered ? 0 : sum_group<T>(j, terms);
       if (!wanted || own != group) continue;
-      const T* row = sums[0]->rows[j];
+      const Storage* row = sums[0]->rows[j];
       packed.row[packed.count] = fresh != nullptr && row == fresh_row ? fresh : row;
       for (int s = 0; s < kSums; ++s) packed.weight[s][packed.count] = sums[s]->weights[j];
       ++packed.count;
@@ -44,16 +44,16 @@ PackedRows<T, kSums> pack_rows(const WeightedRows<T>* const (&sums)[kSums], cons
   return packed;
 }
 
-template <typename T, int kSums>
-bool aligned(const PackedRows<T, kSums>& rows) {
+template <typename Storage, int kSums, typename T>
+bool aligned(const PackedRows<Storage, kSums, T>& rows) {
   bool all = true;
   for (int j = 0; j < rows.count; ++j) all = all && aligned({rows.row[j]});
   return all;
 }
 
 // total[s] = sum s over elements [i, i + kWidth).
-template <int kWidth, typename T, int kSums>
-__device__ inline void weighted_sums(const PackedRows<T, kSums>& rows, int64_t i,
+template <int kWidth, typename Storage, int kSums, typename T>
+__device__ inline void weighted_sums(const PackedRows<Storage, kSums, T>& rows, int64_t i,
                                      Group<T, kWidth> (&total)[kSums]) {
   // -0 is what leaves every number unchanged when added, so a group without terms drops out, as in
   // the CPU kernels.
@@ -65,10 +65,10 @@ __device__ inline void weighted_sums(const PackedRows<T, kSums>& rows, int64_t i
 #pragma unroll
   for (int s = 0; s < kSums; ++s) partial[s] = total[s] = filled<T, kWidth>(kNothing);
   for (int j = 0; j < rows.count; j += kInFlight) {
-    Group<T, kWidth> row[kInFlight];
+    Group<Storage, kWidth> row[kInFlight];
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
-      if (j + u < rows.count) row[u] = load<kWidth>(rows.row[j + u] + i);
+      if (j + u < rows.count) row[u] = fetch<kWidth>(rows.row[j + u] + i);
     }
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
@@ -78,7 +78,7 @@ __device__ inline void weighted_sums(const PackedRows<T, kSums>& rows, int64_t i
         if (kSums > 1 && rows.weight[s][j + u] == T(0)) continue;  // the other sum wants this row
         const T weight = rows.weight[s][j + u] * scale;
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) partial[s].value[e] += row[u].value[e] * weight;
+        for (int e = 0; e < kWidth; ++e) partial[s].value[e] += widened(row[u].value[e]) * weight;
       }
       if ((rows.ends >> (j + u) & 1u) == 0) continue;
 #pragma unroll
@@ -92,8 +92,9 @@ __device__ inline void weighted_sums(const PackedRows<T, kSums>& rows, int64_t i
 }
 
 // y0 + sum over elements [i, i + kWidth).
-template <int kWidth, typename T>
-__device__ inline Group<T, kWidth> advance(const T* y0, const PackedRows<T, 1>& rows, int64_t i) {
+template <int kWidth, typename Storage, typename T>
+__device__ inline Group<T, kWidth> advance(const Storage* y0, const PackedRows<Storage, 1, T>& rows,
+                                           int64_t i) {
   const Group<T, kWidth> start = load<kWidth>(y0 + i);
   Group<T, kWidth> sum[1];
   weighted_sums(rows, i, sum);
@@ -104,9 +105,9 @@ __device__ inline Group<T, kWidth> advance(const T* y0, const PackedRows<T, 1>& 
 
 // Comes after the sums: they have brought the row into the cache, while a store ahead of them would
 // keep their loads waiting for its value.
-template <int kWidth, typename T>
-__device__ inline void store_fresh(const T* fresh, T* fresh_row, int64_t i) {
-  if (fresh != nullptr) store<kWidth>(fresh_row + i, load<kWidth>(fresh + i));
+template <int kWidth, typename Storage>
+__device__ inline void store_fresh(const Storage* fresh, Storage* fresh_row, int64_t i) {
+  if (fresh != nullptr) store<kWidth>(fresh_row + i, fetch<kWidth>(fresh + i));
 }
 
 }  // namespace pycnf

@@ -25,6 +25,22 @@ inline void check_like(const at::Tensor& x, const at::Tensor& y0, const char* na
       ", ", y0.device(), "), got ", x.numel(), " values, ", x.scalar_type(), ", ", x.device());
 }
 
+// torch's name for the numbers that kernels see as Storage.
+template <typename Storage>
+struct TorchNumber {
+  using Type = Storage;
+};
+
+template <typename Storage>
+Storage* numbers(const at::Tensor& x) {
+  return reinterpret_cast<Storage*>(x.data_ptr<typename TorchNumber<Storage>::Type>());
+}
+
+template <typename Storage>
+const Storage* const_numbers(const at::Tensor& x) {
+  return reinterpret_cast<const Storage*>(x.const_data_ptr<typename TorchNumber<Storage>::Type>());
+}
+
 // A step size in memory where the state is.
 inline void check_step(const at::Tensor& h, const at::Tensor& y0) {
   TORCH_CHECK(h.numel() >= 1 && h.scalar_type() == y0.scalar_type() && h.device() == y0.device() &&
@@ -54,19 +70,19 @@ struct Rows {
     return flip && (stage == 0 || stage == last) ? last - stage : stage;
   }
 
-  template <typename T>
-  T* row(int64_t stage) const {
-    return k.data_ptr<T>() + index(stage) * k.size(1);
+  template <typename Storage>
+  Storage* row(int64_t stage) const {
+    return numbers<Storage>(k) + index(stage) * k.size(1);
   }
 
-  template <typename T>
-  WeightedRows<T> weighted(at::ArrayRef<double> weights, double h) const {
+  template <typename Storage, typename T = Storage>
+  WeightedRows<Storage, T> weighted(at::ArrayRef<double> weights, double h) const {
     TORCH_CHECK(int64_t(weights.size()) <= stages(), "got ", weights.size(), " weights for ",
                 stages(), " stages");
-    WeightedRows<T> terms = {};
+    WeightedRows<Storage, T> terms = {};
     terms.count = int(weights.size());
     for (int j = 0; j < terms.count; ++j) {
-      terms.rows[j] = row<T>(j);
+      terms.rows[j] = row<Storage>(j);
       terms.weights[j] = T(weights[j]) * T(h);
     }
     return terms;
@@ -74,8 +90,8 @@ struct Rows {
 
   // Where the kernel can store the new row itself, the pointer to read from; null once it is stored
   // here.
-  template <typename T>
-  const T* store(at::TensorList fresh, int64_t stage) const {
+  template <typename Storage>
+  const Storage* store(at::TensorList fresh, int64_t stage) const {
     if (fresh.empty()) return nullptr;
     int64_t total = 0;
     for (const auto& part : fresh) total += part.numel();
@@ -84,14 +100,14 @@ struct Rows {
     const auto& first = fresh[0];
     if (fresh.size() == 1 && first.scalar_type() == k.scalar_type() && first.is_contiguous() &&
         first.device() == k.device()) {
-      return first.const_data_ptr<T>();
+      return const_numbers<Storage>(first);
     }
     auto target = k.select(0, index(stage));
     int64_t begin = 0;
     for (const auto& part : fresh) {
       if (part.is_cpu() && target.is_cpu() && part.is_contiguous() &&
           part.scalar_type() == k.scalar_type()) {
-        std::memcpy(target.data_ptr<T>() + begin, part.const_data_ptr<T>(), part.nbytes());
+        std::memcpy(numbers<Storage>(target) + begin, const_numbers<Storage>(part), part.nbytes());
       } else {
         // Detached: the rows carry no graph, whatever the field returned.
         target.narrow(0, begin, part.numel()).view(part.sizes()).copy_(part.detach());
@@ -126,15 +142,16 @@ Tolerance<T> tolerance(const at::Tensor& rtol, const at::Tensor& atol, const at:
   return result;
 }
 
-template <typename T>
-StageParams<T> stage_params(const at::Tensor& y0, const Rows& rows, at::TensorList fresh,
-                            at::ArrayRef<double> weights, double h, const at::Tensor& out) {
-  StageParams<T> p = {};
-  p.y0 = y0.const_data_ptr<T>();
-  p.terms = rows.weighted<T>(weights, h);
-  p.fresh = rows.store<T>(fresh, p.terms.count - 1);
-  p.fresh_row = rows.row<T>(p.terms.count - 1);
-  p.out = out.data_ptr<T>();
+template <typename Storage, typename T = Storage>
+StageParams<Storage, T> stage_params(const at::Tensor& y0, const Rows& rows, at::TensorList fresh,
+                                     at::ArrayRef<double> weights, double h,
+                                     const at::Tensor& out) {
+  StageParams<Storage, T> p = {};
+  p.y0 = const_numbers<Storage>(y0);
+  p.terms = rows.weighted<Storage, T>(weights, h);
+  p.fresh = rows.store<Storage>(fresh, p.terms.count - 1);
+  p.fresh_row = rows.row<Storage>(p.terms.count - 1);
+  p.out = numbers<Storage>(out);
   return p;
 }
 
@@ -152,68 +169,70 @@ inline std::vector<at::Tensor> combine_rows(const at::Tensor& y0, at::TensorList
   return rows;
 }
 
-template <typename T>
-StageParams<T> combine_params(const at::Tensor& y0, const std::vector<at::Tensor>& rows,
-                              at::ArrayRef<double> weights, double h, bool ordered,
-                              const at::Tensor& out) {
-  StageParams<T> p = {};
-  p.y0 = y0.const_data_ptr<T>();
-  p.out = out.data_ptr<T>();
+template <typename Storage, typename T = Storage>
+StageParams<Storage, T> combine_params(const at::Tensor& y0, const std::vector<at::Tensor>& rows,
+                                       at::ArrayRef<double> weights, double h, bool ordered,
+                                       const at::Tensor& out) {
+  StageParams<Storage, T> p = {};
+  p.y0 = const_numbers<Storage>(y0);
+  p.out = numbers<Storage>(out);
   p.terms.count = int(rows.size());
   p.terms.ordered = ordered;
   for (int j = 0; j < p.terms.count; ++j) {
-    p.terms.rows[j] = rows[j].const_data_ptr<T>();
+    p.terms.rows[j] = const_numbers<Storage>(rows[j]);
     p.terms.weights[j] = T(weights[j]) * T(h);
   }
   return p;
 }
 
-template <typename T>
-FinishParams<T> finish_params(const at::Tensor& y0, const Rows& rows, at::TensorList fresh,
-                              const at::Tensor& y1, at::ArrayRef<double> solution,
-                              at::ArrayRef<double> error, double h, const at::Tensor& rtol,
-                              const at::Tensor& atol, const std::optional<at::Tensor>& ratio) {
+template <typename Storage, typename T = Storage>
+FinishParams<Storage, T> finish_params(const at::Tensor& y0, const Rows& rows, at::TensorList fresh,
+                                       const at::Tensor& y1, at::ArrayRef<double> solution,
+                                       at::ArrayRef<double> error, double h, const at::Tensor& rtol,
+                                       const at::Tensor& atol,
+                                       const std::optional<at::Tensor>& ratio) {
   TORCH_CHECK(solution.empty() || solution.size() == error.size(),
               "solution must be empty or as long as error, got ", solution.size(), " and ",
               error.size(), " weights");
-  FinishParams<T> p = {};
+  FinishParams<Storage, T> p = {};
   p.tolerance = tolerance<T>(rtol, atol, y0);  // first: a refused call writes nothing
-  p.y0 = y0.const_data_ptr<T>();
-  p.solution = rows.weighted<T>(solution, h);
-  p.error = rows.weighted<T>(error, h);
-  p.fresh = rows.store<T>(fresh, rows.stages() - 1);
-  p.fresh_row = rows.row<T>(rows.stages() - 1);
-  p.y1 = y1.data_ptr<T>();
-  p.ratio = ratio.has_value() ? ratio->data_ptr<T>() : nullptr;
+  p.y0 = const_numbers<Storage>(y0);
+  p.solution = rows.weighted<Storage, T>(solution, h);
+  p.error = rows.weighted<Storage, T>(error, h);
+  p.fresh = rows.store<Storage>(fresh, rows.stages() - 1);
+  p.fresh_row = rows.row<Storage>(rows.stages() - 1);
+  p.y1 = numbers<Storage>(y1);
+  p.ratio = ratio.has_value() ? numbers<Storage>(*ratio) : nullptr;
   return p;
 }
 
-template <typename T>
-InitialParams<T> initial_params(const at::Tensor& y0, const at::Tensor& f0,
-                                const std::optional<at::Tensor>& f1, const at::Tensor& rtol,
-                                const at::Tensor& atol) {
-  InitialParams<T> p = {};
-  p.y0 = y0.const_data_ptr<T>();
-  p.f0 = f0.const_data_ptr<T>();
-  p.f1 = f1.has_value() ? f1->const_data_ptr<T>() : nullptr;
+template <typename Storage, typename T = Storage>
+InitialParams<Storage, T> initial_params(const at::Tensor& y0, const at::Tensor& f0,
+                                         const std::optional<at::Tensor>& f1,
+                                         const at::Tensor& rtol, const at::Tensor& atol) {
+  InitialParams<Storage, T> p = {};
+  p.y0 = const_numbers<Storage>(y0);
+  p.f0 = const_numbers<Storage>(f0);
+  p.f1 = f1.has_value() ? const_numbers<Storage>(*f1) : nullptr;
   p.tolerance = tolerance<T>(rtol, atol, y0);
   return p;
 }
 
-template <typename T>
-InterpolateParams<T> interpolate_params(const at::Tensor& y0, const at::Tensor& y1,
-                                        const Rows& rows, at::ArrayRef<double> middle, double h,
-                                        const at::Tensor& x, const at::Tensor& out) {
-  InterpolateParams<T> p = {};
-  p.y0 = y0.const_data_ptr<T>();
-  p.y1 = y1.const_data_ptr<T>();
-  p.f0 = rows.row<T>(0);
-  p.f1 = rows.row<T>(rows.stages() - 1);
-  p.middle = rows.weighted<T>(middle, h);
+template <typename Storage, typename T = Storage>
+InterpolateParams<Storage, T> interpolate_params(const at::Tensor& y0, const at::Tensor& y1,
+                                                 const Rows& rows, at::ArrayRef<double> middle,
+                                                 double h, const at::Tensor& x,
+                                                 const at::Tensor& out) {
+  InterpolateParams<Storage, T> p = {};
+  p.y0 = const_numbers<Storage>(y0);
+  p.y1 = const_numbers<Storage>(y1);
+  p.f0 = rows.row<Storage>(0);
+  p.f1 = rows.row<Storage>(rows.stages() - 1);
+  p.middle = rows.weighted<Storage, T>(middle, h);
   p.h = T(h);
   p.x = x.const_data_ptr<T>();
   p.times = x.numel();
-  p.out = out.data_ptr<T>();
+  p.out = numbers<Storage>(out);
   p.size = y0.numel();
   return p;
 }

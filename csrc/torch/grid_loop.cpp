@@ -2,6 +2,7 @@
 
 #include <ATen/Dispatch.h>
 #include <c10/core/GradMode.h>
+#include <c10/util/BFloat16-math.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -106,8 +107,8 @@ struct GridTimes {
     const bool last = c[stage] == 1.;
     State s = last && ends_on_grid ? State(Time(grid[step + 1]))
                                    : State(Time(grid[step]) + Time(c[stage]) * size(step));
-    if (perturb && stage == 0) s = std::nextafter(s, s + 1);
-    if (perturb && stage != 0 && last) s = std::nextafter(s, s - 1);
+    if (perturb && stage == 0) s = std::nextafter(s, State(s + 1));
+    if (perturb && stage != 0 && last) s = std::nextafter(s, State(s - 1));
     return sign * double(s);
   }
 
@@ -171,10 +172,11 @@ py::tuple grid_steps(py::object func, std::optional<std::vector<std::vector<int6
   const Field field(std::move(func), std::move(shapes));
   return AT_DISPATCH_FLOATING_TYPES(time_dtype, "grid_steps", [&] {
     using Time = scalar_t;
-    return AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "grid_steps", [&] {
-      const GridTimes<Time, scalar_t> times = {grid, outputs, c, sign, ends_on_grid, perturb};
-      return steps_of(field, y0, a, b, times, solution, states);
-    });
+    return AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, y0.scalar_type(), "grid_steps", [&] {
+          const GridTimes<Time, scalar_t> times = {grid, outputs, c, sign, ends_on_grid, perturb};
+          return steps_of(field, y0, a, b, times, solution, states);
+        });
   });
 }
 

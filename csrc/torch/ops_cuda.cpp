@@ -7,6 +7,8 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <torch/library.h>
 
 #include "cuda/kernels.h"
@@ -16,6 +18,17 @@
 #include "torch/flow_plan.h"
 
 namespace pycnf {
+
+template <>
+struct TorchNumber<__half> {
+  using Type = at::Half;
+};
+
+template <>
+struct TorchNumber<__nv_bfloat16> {
+  using Type = at::BFloat16;
+};
+
 namespace {
 
 using c10::cuda::CUDAGuard;
@@ -25,6 +38,19 @@ cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(
 // One CUDA argument suffices to be dispatched here.
 void check_cuda(const at::Tensor& x, const char* name) {
   TORCH_CHECK(x.is_cuda(), name, " must be on the GPU like the other arguments, got ", x.device());
+}
+
+// Calls body(stored number, number to compute with) for a state's dtype.
+template <typename Body>
+void with_storage(at::ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case at::kHalf:
+      return body(__half(), float());
+    case at::kBFloat16:
+      return body(__nv_bfloat16(), float());
+    default:
+      AT_DISPATCH_FLOATING_TYPES(dtype, "rk_*", [&] { body(scalar_t(), scalar_t()); });
+  }
 }
 
 // What a norm needs in device memory: `scratch` holds the partial sums and, behind them, the table
@@ -78,8 +104,9 @@ at::Tensor rk_stage_cuda(const at::Tensor& y0, const at::Tensor& k, bool flip, a
   TORCH_CHECK(!weights.empty(), "weights must not be empty");
   const CUDAGuard guard(y0.device());
   auto out = at::empty_like(y0);
-  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_stage", [&] {
-    const auto p = stage_params<scalar_t>(y0, rows, fresh, weights, h, out);
+  with_storage(y0.scalar_type(), [&](auto stored, auto number) {
+    const auto p =
+        stage_params<decltype(stored), decltype(number)>(y0, rows, fresh, weights, h, out);
     C10_CUDA_CHECK(launch_stage(p, y0.numel(), current_stream()));
   });
   return out;
@@ -97,9 +124,9 @@ at::Tensor rk_finish_cuda(const at::Tensor& y0, const at::Tensor& k, bool flip,
   const Rows rows(k, y0, flip);
   const CUDAGuard guard(y0.device());
   auto norm = prepare_norm(segments, y0);
-  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_finish", [&] {
-    const auto p =
-        finish_params<scalar_t>(y0, rows, fresh, y1, solution, error, h, rtol, atol, ratio);
+  with_storage(y0.scalar_type(), [&](auto stored, auto number) {
+    const auto p = finish_params<decltype(stored), decltype(number)>(y0, rows, fresh, y1, solution,
+                                                                     error, h, rtol, atol, ratio);
     C10_CUDA_CHECK(launch_finish(p, norm.layout, norm.partials(), norm.result.data_ptr<double>(),
                                  current_stream()));
   });
@@ -271,9 +298,10 @@ void rk_interpolate_cuda(const at::Tensor& y0, const at::Tensor& y1, const at::T
   check_interpolate(y0, y1, x, out);
   const Rows rows(k, y0, flip);
   const CUDAGuard guard(y0.device());
-  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_interpolate", [&] {
-    const auto points = at::tensor(x, at::device(at::kCPU).dtype(y0.scalar_type()));
-    const auto p = interpolate_params<scalar_t>(y0, y1, rows, middle, h, points, out);
+  with_storage(y0.scalar_type(), [&](auto stored, auto number) {
+    using T = decltype(number);
+    const auto points = at::tensor(x, at::device(at::kCPU).dtype<T>());
+    const auto p = interpolate_params<decltype(stored), T>(y0, y1, rows, middle, h, points, out);
     C10_CUDA_CHECK(launch_interpolate(p, current_stream()));
   });
 }
@@ -287,8 +315,8 @@ at::Tensor rk_initial_norms_cuda(const at::Tensor& y0, const at::Tensor& f0,
   if (f1.has_value()) check_like(*f1, y0, "f1");
   const CUDAGuard guard(y0.device());
   auto norm = prepare_norm(segments, y0);
-  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_initial_norms", [&] {
-    const auto p = initial_params<scalar_t>(y0, f0, f1, rtol, atol);
+  with_storage(y0.scalar_type(), [&](auto stored, auto number) {
+    const auto p = initial_params<decltype(stored), decltype(number)>(y0, f0, f1, rtol, atol);
     C10_CUDA_CHECK(launch_initial(p, norm.layout, norm.partials(), norm.result.data_ptr<double>(),
                                   current_stream()));
   });
@@ -302,8 +330,9 @@ at::Tensor rk_combine_cuda(const at::Tensor& y, at::TensorList k, at::ArrayRef<d
   const auto y0 = y.contiguous();
   const auto rows = combine_rows(y0, k, weights);
   auto out = at::empty_like(y0);
-  AT_DISPATCH_FLOATING_TYPES(y0.scalar_type(), "rk_combine", [&] {
-    const auto p = combine_params<scalar_t>(y0, rows, weights, h, ordered, out);
+  with_storage(y0.scalar_type(), [&](auto stored, auto number) {
+    const auto p =
+        combine_params<decltype(stored), decltype(number)>(y0, rows, weights, h, ordered, out);
     C10_CUDA_CHECK(launch_stage(p, y0.numel(), current_stream()));
   });
   return out;

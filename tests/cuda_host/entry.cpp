@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "cuda/device.cuh"
 #include "cuda/kernels.h"
 
 namespace {
@@ -60,13 +61,24 @@ cudaError_t in_types(bool wide_time, bool wide, const Body& body) {
   return wide_time ? body(double(), float()) : body(float(), float());
 }
 
-template <typename T>
-WeightedRows<T> weighted(const Terms& terms, double h) {
-  WeightedRows<T> rows = {};
+// What a state is stored in.
+enum Storage { kFloat, kDouble, kHalf, kBfloat16 };
+
+// Calls body(stored number, number to compute with).
+template <typename Body>
+cudaError_t in_storage(Storage storage, const Body& body) {
+  if (storage == kHalf) return body(__half(), float());
+  if (storage == kBfloat16) return body(__nv_bfloat16(), float());
+  return storage == kDouble ? body(double(), double()) : body(float(), float());
+}
+
+template <typename S, typename T = S>
+WeightedRows<S, T> weighted(const Terms& terms, double h) {
+  WeightedRows<S, T> rows = {};
   rows.count = terms.count;
   rows.ordered = terms.ordered;
   for (int j = 0; j < terms.count; ++j) {
-    rows.rows[j] = static_cast<const T*>(terms.rows[j]);
+    rows.rows[j] = static_cast<const S*>(terms.rows[j]);
     rows.weights[j] = T(terms.weights[j]) * T(h);
   }
   return rows;
@@ -122,32 +134,34 @@ class Norm {
 
 }  // namespace
 
-// Rows and states are of `wide`'s dtype. Every function returns the launcher's error.
+// Rows and states are in `storage`, or of `wide`'s dtype. Every function returns the launcher's error.
 extern "C" {
 
-cudaError_t stage(bool wide, const void* y0, Terms terms, const void* fresh, void* fresh_row,
+cudaError_t stage(Storage storage, const void* y0, Terms terms, const void* fresh, void* fresh_row,
                   void* out, double h, int64_t size) {
-  return in_dtype(wide, [&](auto zero) {
+  return in_storage(storage, [&](auto stored, auto zero) {
+    using S = decltype(stored);
     using T = decltype(zero);
-    const pycnf::StageParams<T> p = {static_cast<const T*>(y0), weighted<T>(terms, h),
-                                     static_cast<const T*>(fresh), static_cast<T*>(fresh_row),
-                                     static_cast<T*>(out)};
+    const pycnf::StageParams<S, T> p = {static_cast<const S*>(y0), weighted<S, T>(terms, h),
+                                        static_cast<const S*>(fresh), static_cast<S*>(fresh_row),
+                                        static_cast<S*>(out)};
     return pycnf::launch_stage(p, size, nullptr);
   });
 }
 
-cudaError_t finish(bool wide, const void* y0, Terms solution, Terms error, const void* fresh,
+cudaError_t finish(Storage storage, const void* y0, Terms solution, Terms error, const void* fresh,
                    void* fresh_row, void* y1, void* ratio, double h,
                    pycnf::Tolerance<double> tolerance, Segments segments, double* result,
                    int64_t size) {
   Norm norm(segments, size);
   if (const auto failure = norm.store_pieces(); failure != cudaSuccess) return failure;
-  return in_dtype(wide, [&](auto zero) {
+  return in_storage(storage, [&](auto stored, auto zero) {
+    using S = decltype(stored);
     using T = decltype(zero);
-    const pycnf::FinishParams<T> p = {static_cast<const T*>(y0),  weighted<T>(solution, h),
-                                      weighted<T>(error, h),      static_cast<const T*>(fresh),
-                                      static_cast<T*>(fresh_row), static_cast<T*>(y1),
-                                      static_cast<T*>(ratio),     in_dtype_of<T>(tolerance)};
+    const pycnf::FinishParams<S, T> p = {static_cast<const S*>(y0),  weighted<S, T>(solution, h),
+                                         weighted<S, T>(error, h),   static_cast<const S*>(fresh),
+                                         static_cast<S*>(fresh_row), static_cast<S*>(y1),
+                                         static_cast<S*>(ratio),     in_dtype_of<T>(tolerance)};
     return pycnf::launch_finish(p, norm.layout(), norm.partials(), result, nullptr);
   });
 }
@@ -267,35 +281,37 @@ cudaError_t flow_advance(bool wide, FlowTensors tensors, void* y, const void* y1
   });
 }
 
-cudaError_t initial(bool wide, const void* y0, const void* f0, const void* f1,
+cudaError_t initial(Storage storage, const void* y0, const void* f0, const void* f1,
                     pycnf::Tolerance<double> tolerance, Segments segments, double* result,
                     int64_t size) {
   Norm norm(segments, size);
   if (const auto failure = norm.store_pieces(); failure != cudaSuccess) return failure;
-  return in_dtype(wide, [&](auto zero) {
+  return in_storage(storage, [&](auto stored, auto zero) {
+    using S = decltype(stored);
     using T = decltype(zero);
-    const pycnf::InitialParams<T> p = {static_cast<const T*>(y0), static_cast<const T*>(f0),
-                                       static_cast<const T*>(f1), in_dtype_of<T>(tolerance)};
+    const pycnf::InitialParams<S, T> p = {static_cast<const S*>(y0), static_cast<const S*>(f0),
+                                          static_cast<const S*>(f1), in_dtype_of<T>(tolerance)};
     return pycnf::launch_initial(p, norm.layout(), norm.partials(), result, nullptr);
   });
 }
 
-cudaError_t interpolate(bool wide, const void* y0, const void* y1, const void* f0, const void* f1,
-                        Terms middle, double h, const double* x, int64_t times, void* out,
-                        int64_t size) {
-  return in_dtype(wide, [&](auto zero) {
+cudaError_t interpolate(Storage storage, const void* y0, const void* y1, const void* f0,
+                        const void* f1, Terms middle, double h, const double* x, int64_t times,
+                        void* out, int64_t size) {
+  return in_storage(storage, [&](auto stored, auto zero) {
+    using S = decltype(stored);
     using T = decltype(zero);
     const std::vector<T> points(x, x + times);
-    const pycnf::InterpolateParams<T> p = {static_cast<const T*>(y0),
-                                           static_cast<const T*>(y1),
-                                           static_cast<const T*>(f0),
-                                           static_cast<const T*>(f1),
-                                           weighted<T>(middle, h),
-                                           T(h),
-                                           points.data(),
-                                           times,
-                                           static_cast<T*>(out),
-                                           size};
+    const pycnf::InterpolateParams<S, T> p = {static_cast<const S*>(y0),
+                                              static_cast<const S*>(y1),
+                                              static_cast<const S*>(f0),
+                                              static_cast<const S*>(f1),
+                                              weighted<S, T>(middle, h),
+                                              T(h),
+                                              points.data(),
+                                              times,
+                                              static_cast<S*>(out),
+                                              size};
     return pycnf::launch_interpolate(p, nullptr);
   });
 }
