@@ -23,9 +23,7 @@ OPS = (
     "rk_interpolate",
     "rk_initial_norms",
     "rk_combine",
-    "attempt_begin",
-    "attempt_first_step",
-    "attempt_decide",
+    "attempt_control",
     "attempt_advance",
     "attempt_stage",
     "attempt_finish",
@@ -179,9 +177,7 @@ def _(y: Tensor, *args: Any) -> Tensor:
 
 @register_fake("pycnf::flow_control")
 @register_fake("pycnf::flow_advance")
-@register_fake("pycnf::attempt_begin")
-@register_fake("pycnf::attempt_first_step")
-@register_fake("pycnf::attempt_decide")
+@register_fake("pycnf::attempt_control")
 @register_fake("pycnf::attempt_advance")
 @register_fake("pycnf::rk_interpolate")
 def _(*args: Any) -> None:

@@ -252,20 +252,12 @@ class HostKernels:
         counts = [plan[i].numel() for i in (3, 4, 5)]
         return Plan(*map(address, plan), *counts)
 
-    def _control(self, moment, plan, norms, rule, nodes, time_dtype):
+    def attempt_control(self, plan, norms, moment, rule, nodes, time_dtype):
+        number = ("begin", "first_step", "decide").index(moment)
         self.call(
-            "control", time_dtype == torch.float64, plan[1].dtype == torch.float64, moment,
+            "control", time_dtype == torch.float64, plan[1].dtype == torch.float64, number,
             self._plan(plan), doubles(rule), doubles(nodes), len(nodes), address(norms),
         )  # fmt: skip
-
-    def attempt_begin(self, *arguments):
-        self._control(0, *arguments)
-
-    def attempt_first_step(self, *arguments):
-        self._control(1, *arguments)
-
-    def attempt_decide(self, *arguments):
-        self._control(2, *arguments)
 
     def attempt_advance(self, plan, y, y1, k, middle, solution, time_dtype):
         rows = self._rows(k, False)

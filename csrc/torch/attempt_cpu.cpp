@@ -10,33 +10,18 @@
 namespace pycnf {
 namespace {
 
-void step_control(Moment moment, at::TensorList tensors, const std::optional<at::Tensor>& norms,
-                  at::ArrayRef<double> rule, at::ArrayRef<double> nodes, at::ScalarType time) {
+void attempt_control_cpu(at::TensorList tensors, const std::optional<at::Tensor>& norms,
+                         std::string_view name, at::ArrayRef<double> rule,
+                         at::ArrayRef<double> nodes, at::ScalarType time) {
   const PlanTensors plan(tensors);
-  if (norms.has_value()) check_norms(*norms);
+  const auto moment = attempt_moment(name);
+  check_norms(moment, norms);
   with_types(time, plan.times.scalar_type(), [&](auto time_number, auto state_number) {
-    using Time = decltype(time_number);
     using State = decltype(state_number);
     const auto p = attempt_plan<State>(plan, rule, nodes, plan.report.data_ptr<double>());
     const auto* norm = norms.has_value() ? norms->const_data_ptr<double>() : nullptr;
-    control_attempt<Time>(moment, p, norm);
+    control_attempt<decltype(time_number)>(moment, p, norm);
   });
-}
-
-void attempt_begin_cpu(at::TensorList plan, const at::Tensor& norms, at::ArrayRef<double> rule,
-                       at::ArrayRef<double> nodes, at::ScalarType time) {
-  step_control(Moment::kBegin, plan, norms, rule, nodes, time);
-}
-
-void attempt_first_step_cpu(at::TensorList plan, const std::optional<at::Tensor>& norms,
-                            at::ArrayRef<double> rule, at::ArrayRef<double> nodes,
-                            at::ScalarType time) {
-  step_control(Moment::kFirstStep, plan, norms, rule, nodes, time);
-}
-
-void attempt_decide_cpu(at::TensorList plan, const at::Tensor& norms, at::ArrayRef<double> rule,
-                        at::ArrayRef<double> nodes, at::ScalarType time) {
-  step_control(Moment::kDecide, plan, norms, rule, nodes, time);
 }
 
 void attempt_advance_cpu(at::TensorList tensors, const at::Tensor& y, const at::Tensor& y1,
@@ -72,9 +57,7 @@ void attempt_advance_cpu(at::TensorList tensors, const at::Tensor& y, const at::
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pycnf, CPU, m) {
-  m.impl("attempt_begin", attempt_begin_cpu);
-  m.impl("attempt_first_step", attempt_first_step_cpu);
-  m.impl("attempt_decide", attempt_decide_cpu);
+  m.impl("attempt_control", attempt_control_cpu);
   m.impl("attempt_advance", attempt_advance_cpu);
 }
 

@@ -3,6 +3,8 @@
 
 #include <ATen/ATen.h>
 
+#include <string_view>
+
 #include "core/attempt.h"
 #include "torch/arguments.h"
 
@@ -77,9 +79,19 @@ AttemptPlan<State> attempt_plan(const PlanTensors& plan, at::ArrayRef<double> ru
   };
 }
 
-inline void check_norms(const at::Tensor& norms) {
-  TORCH_CHECK(norms.scalar_type() == at::kDouble && norms.numel() == 2 && norms.is_contiguous(),
-              "norms must be float64 [2], got ", norms.scalar_type(), " ", norms.sizes());
+inline Moment attempt_moment(std::string_view name) {
+  constexpr std::string_view names[] = {"begin", "first_step", "decide"};
+  for (int i = 0; i < 3; ++i) {
+    if (names[i] == name) return Moment(i);
+  }
+  TORCH_CHECK(false, "moment must be begin, first_step or decide, got ", name);
+}
+
+inline void check_norms(Moment moment, const std::optional<at::Tensor>& norms) {
+  TORCH_CHECK(moment == Moment::kFirstStep || norms.has_value(), "norms are missing");
+  if (!norms.has_value()) return;
+  TORCH_CHECK(norms->scalar_type() == at::kDouble && norms->numel() == 2 && norms->is_contiguous(),
+              "norms must be float64 [2], got ", norms->scalar_type(), " ", norms->sizes());
 }
 
 inline void check_advance(const PlanTensors& plan, const at::Tensor& y, const at::Tensor& y1,

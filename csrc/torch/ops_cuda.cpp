@@ -180,14 +180,14 @@ double* on_device(const at::Tensor& report) {
   return static_cast<double*>(pointer);
 }
 
-void control_cuda(Moment moment, at::TensorList tensors, const std::optional<at::Tensor>& norms,
-                  at::ArrayRef<double> rule, at::ArrayRef<double> nodes, at::ScalarType time) {
+void attempt_control_cuda(at::TensorList tensors, const std::optional<at::Tensor>& norms,
+                          std::string_view name, at::ArrayRef<double> rule,
+                          at::ArrayRef<double> nodes, at::ScalarType time) {
   const PlanTensors plan(tensors);
+  const auto moment = attempt_moment(name);
   check_cuda(plan.attempt, "attempt");
-  if (norms.has_value()) {
-    check_norms(*norms);
-    check_cuda(*norms, "norms");
-  }
+  check_norms(moment, norms);
+  if (norms.has_value()) check_cuda(*norms, "norms");
   const CUDAGuard guard(plan.attempt.device());
   with_types(time, plan.times.scalar_type(), [&](auto time_number, auto state_number) {
     using State = decltype(state_number);
@@ -195,22 +195,6 @@ void control_cuda(Moment moment, at::TensorList tensors, const std::optional<at:
     const auto* norm = norms.has_value() ? norms->const_data_ptr<double>() : nullptr;
     C10_CUDA_CHECK(launch_control<decltype(time_number)>(moment, p, norm, current_stream()));
   });
-}
-
-void attempt_begin_cuda(at::TensorList plan, const at::Tensor& norms, at::ArrayRef<double> rule,
-                        at::ArrayRef<double> nodes, at::ScalarType time) {
-  control_cuda(Moment::kBegin, plan, norms, rule, nodes, time);
-}
-
-void attempt_first_step_cuda(at::TensorList plan, const std::optional<at::Tensor>& norms,
-                             at::ArrayRef<double> rule, at::ArrayRef<double> nodes,
-                             at::ScalarType time) {
-  control_cuda(Moment::kFirstStep, plan, norms, rule, nodes, time);
-}
-
-void attempt_decide_cuda(at::TensorList plan, const at::Tensor& norms, at::ArrayRef<double> rule,
-                         at::ArrayRef<double> nodes, at::ScalarType time) {
-  control_cuda(Moment::kDecide, plan, norms, rule, nodes, time);
 }
 
 void attempt_advance_cuda(at::TensorList tensors, const at::Tensor& y, const at::Tensor& y1,
@@ -404,9 +388,7 @@ TORCH_LIBRARY_IMPL(pycnf, CUDA, m) {
   m.impl("rk_finish", rk_finish_cuda);
   m.impl("attempt_stage", attempt_stage_cuda);
   m.impl("attempt_finish", attempt_finish_cuda);
-  m.impl("attempt_begin", attempt_begin_cuda);
-  m.impl("attempt_first_step", attempt_first_step_cuda);
-  m.impl("attempt_decide", attempt_decide_cuda);
+  m.impl("attempt_control", attempt_control_cuda);
   m.impl("attempt_advance", attempt_advance_cuda);
   m.impl("attempt_combine", attempt_combine_cuda);
   m.impl("flow_control", flow_control_cuda);

@@ -43,24 +43,15 @@ TORCH_LIBRARY(pycnf, m) {
   // `plan`: attempt f64 (kAttemptFields), times [stages] and h [2] in the state's dtype, output times
   // and prescribed stops in ascending time, f64; and a report f64 in (pinned) memory of the host,
   // kept up to date while the solve runs. `rule`: see torch/attempt_plan.h; `nodes`: the tableau's
-  // c. An attempt is attempt_stage for every stage, attempt_finish, attempt_decide and
+  // c. An attempt is attempt_stage for every stage, attempt_finish, attempt_control and
   // attempt_advance; one that comes too late does nothing.
 
-  // The trial step of the choice of the first, from rk_initial_norms; the time to evaluate f at is
-  // times[0], the step h[0].
+  // `moment`: "begin" settles the trial step of the choice of the first, from rk_initial_norms: f is
+  // to be evaluated at times[0], the step is h[0]. "first_step" settles the first, from the norms of
+  // the difference of both derivatives or, without, from the size in `attempt`; "decide" accepts or
+  // rejects by what attempt_finish returned. Both prepare the next attempt.
   m.def(
-      "attempt_begin(Tensor(a!)[] plan, Tensor norms, float[] rule, float[] nodes, "
-      "ScalarType time_dtype) -> ()");
-
-  // The first step, from the norms of the difference of both derivatives, or, without, from the size
-  // in `attempt`; then the first attempt.
-  m.def(
-      "attempt_first_step(Tensor(a!)[] plan, Tensor? norms, float[] rule, float[] nodes, "
-      "ScalarType time_dtype) -> ()");
-
-  // Accepts or rejects by what rk_finish returned, and prepares the next attempt.
-  m.def(
-      "attempt_decide(Tensor(a!)[] plan, Tensor norms, float[] rule, float[] nodes, "
+      "attempt_control(Tensor(a!)[] plan, Tensor? norms, str moment, float[] rule, float[] nodes, "
       "ScalarType time_dtype) -> ()");
 
   // After an accepted step: its output times to solution [T, N], y1 to y, the last row of k to the

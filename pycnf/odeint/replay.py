@@ -139,8 +139,10 @@ class Replay:
 
     # ---- what is recorded ------------------------------------------------------------------------
 
-    def _control(self, op: Callable, norms: Tensor | None) -> None:
-        op(self.plan, norms, self.rule, self.tableau.c, self.time_dtype)
+    def _control(self, moment: str, norms: Tensor | None) -> None:
+        self.ops.attempt_control(
+            self.plan, norms, moment, self.rule, self.tableau.c, self.time_dtype
+        )
 
     def _field(self, t: Tensor) -> Tensor:
         """The field at the state, in the first row."""
@@ -162,14 +164,14 @@ class Replay:
         f0 = self._field((problem.sign * start[0]).to(self.times.dtype))
         if self.first_step is not None:
             self.attempt[_FIELD["size"]].copy_(self.first_step[0])
-            self._control(ops.attempt_first_step, None)
+            self._control("first_step", None)
             return
         norms = ops.rk_initial_norms(y, f0, None, self.rtol, self.atol, self.segments)
-        self._control(ops.attempt_begin, norms)
+        self._control("begin", norms)
         trial = ops.attempt_stage(y, self.k, [], [1.0], self.h)
         f1 = problem.as_state(problem.call(self.stage_times[0], trial), y).contiguous()
         norms = ops.rk_initial_norms(y, f0, f1, self.rtol, self.atol, self.segments)
-        self._control(ops.attempt_first_step, norms)
+        self._control("first_step", norms)
 
     def _attempt(self) -> None:
         ops, problem, tableau, y, h = self.ops, self.problem, self.tableau, self.y, self.h
@@ -183,7 +185,7 @@ class Replay:
             y, self.k, fresh, y1, self.solution_weights, tableau.e, h, self.rtol, self.atol,
             self.segments,
         )  # fmt: skip
-        self._control(ops.attempt_decide, norms)
+        self._control("decide", norms)
         ops.attempt_advance(self.plan, y, y1, self.k, tableau.m, self.solution, self.time_dtype)
 
     # ---- a solve ---------------------------------------------------------------------------------
