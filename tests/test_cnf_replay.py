@@ -492,7 +492,7 @@ class Queue:
                     queue.finish()
 
         monkeypatch.setattr(captured, "Recorded", Recorded)
-        monkeypatch.setattr(captured.time, "sleep", lambda seconds: queue.work())
+        monkeypatch.setattr(recording.time, "sleep", lambda seconds: queue.work())
 
     def work(self):
         with torch.no_grad():
@@ -519,7 +519,7 @@ def test_replays_beyond_the_end_change_nothing(monkeypatch, method):
     assert torch.equal(z, expected[0])
     assert len(queue.waiting) >= 1
     # The start, and what runs ahead; with them the first step of a gradient.
-    assert queue.longest <= 2 + captured._AHEAD
+    assert queue.longest <= 2 + recording.AHEAD
 
 
 @pytest.mark.parametrize("part", ["_begin", "_attempt", "_reverse"])

@@ -438,7 +438,7 @@ class Queue:
                 queue.longest = max(queue.longest, len(queue.waiting))
 
         monkeypatch.setattr(replay, "Recorded", Recorded)
-        monkeypatch.setattr(replay.time, "sleep", lambda seconds: queue.work())
+        monkeypatch.setattr(recording.time, "sleep", lambda seconds: queue.work())
 
     def work(self):
         with torch.no_grad():
@@ -460,7 +460,7 @@ def test_replays_beyond_the_end_change_nothing(monkeypatch):
             queue.work()
     assert min(late) >= 1
     # The start, and what runs ahead.
-    assert queue.longest <= 1 + replay._AHEAD
+    assert queue.longest <= 1 + recording.AHEAD
 
 
 class Loop:

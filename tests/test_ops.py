@@ -1269,6 +1269,9 @@ TAPE = ops.mlp_solve(X, None, *MLP_SETTINGS, 1.0, 0.0, [], GRID, 0)[3:]
 SAMPLES_TAPE = ops.mlp_samples(X, None, *SAMPLES_SETTINGS, 1.0, 0.0, CONTROL, True)[3:]
 BARS = (X, X[:, 0].unsqueeze(0))
 E6 = torch.linspace(0.1, 0.7, 6, dtype=F64)
+ATTEMPT = [torch.zeros(size, dtype=F64) for size in (len(_C.attempt_fields), 3, 2, 2, 0)]
+ATTEMPT += [torch.zeros(_C.report_numbers + 2, dtype=F64)]
+RULE = ([0.9, 10.0, 0.2, 0.0, math.inf, 100.0, 5.0, 1.0, 1.0], [0.0, 0.5, 1.0])
 FLOW = [torch.zeros(size, dtype=F64) for size in (len(_C.flow_fields), 3, 1)]
 FLOW += [torch.zeros(2, 3, dtype=F64), torch.zeros(_C.flow_report_numbers, dtype=F64)]
 FLOW_RULE = ([math.inf, 0.9, 10.0, 0.2, 100.0, 5.0], [0.0, 0.5, 1.0])
@@ -1306,6 +1309,22 @@ OPCHECK = {
         ops.rk_combine,
         (Y.double().view(2, 3).t(), [K[0].double().view(3, 2).requires_grad_()], [0.5], H,
          torch.tensor(H, dtype=F64, requires_grad=True)),
+    ),
+    "attempt_control": (
+        ops.attempt_control, (ATTEMPT, torch.tensor([0.5, 1.0], dtype=F64), "decide", *RULE, F64),
+    ),
+    "attempt_control, begin": (
+        ops.attempt_control, (ATTEMPT, torch.tensor([0.5, 1.0], dtype=F64), "begin", *RULE, F64),
+    ),
+    "attempt_control, given": (ops.attempt_control, (ATTEMPT, None, "first_step", *RULE, F64)),
+    "attempt_advance": (
+        ops.attempt_advance,
+        (ATTEMPT, Y.double(), -Y.double(), K.double(), E3, torch.zeros(2, 6, dtype=F64), F64),
+    ),
+    "attempt_stage": (ops.attempt_stage, (Y, K, [Y], [0.5, 0.25], torch.tensor([H]))),
+    "attempt_finish": (
+        ops.attempt_finish,
+        (Y, K, [Y], -Y, [], E3, torch.tensor([H]), RTOL, ATOL, [0, 6]),
     ),
     "attempt_combine": (
         ops.attempt_combine, (Y.view(2, 3), [K[0].view(2, 3)], [0.5], torch.tensor([H])),

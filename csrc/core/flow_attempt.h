@@ -65,24 +65,24 @@ struct FlowPlan {
   State* h;          // [1] of the attempt
   double* tape;      // [capacity, 3]: t, h and t_next of the accepted steps
   int64_t capacity;  // 0 where they are not kept
-  // In memory of the host, to be read while the solve runs: attempts, done, failure, accepted, and
+  // In memory of the host, to be read while the solve runs: attempts, ended, failure, accepted, and
   // what the next step's size would be.
   double* report;
 };
 
 constexpr int kFlowReportNumbers = 5;
 
-// The end is told last: who sees it, sees all.
+// The end is told last: who sees it, and looks again, sees all.
 template <typename State>
 PYCNF_HD void report(const FlowPlan<State>& plan) {
   const FlowAttempt& a = *plan.attempt;
   volatile double* report = plan.report;
   report[0] = a.accepted + a.rejected;
+  report[2] = a.failure;
   report[3] = a.accepted;
   report[4] = a.size;
   publish();
-  report[2] = a.failure;
-  report[1] = a.done;
+  report[1] = a.done != 0 || a.failure != 0 ? 1 : 0;
 }
 
 // Tells the field and the kernels of the step at hand.

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import math
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from pycnf._build import _C
 from pycnf._ops import has_kernels, kernels, time_tensors
 from pycnf.nn.divergence import has_forward_mode
 from pycnf.nn.layers import LAYERS
-from pycnf.odeint.recording import NotCaptured, Recorded
+from pycnf.odeint.recording import NotCaptured, Recorded, attempts_until_the_end
 from pycnf.warn import warn
 
 from .control import AdaptiveControl
@@ -48,10 +47,6 @@ _FULL_TAPE = 1
 _STEPS = 64
 # Recorded solves of one flow that are kept.
 _KEPT = 8
-# Replays under way: one runs while the next waits, so the device never does.
-_AHEAD = 2
-# Seconds without news after which a device with nothing to do is taken to have failed.
-_PATIENCE = 1.0
 _DEVICES = ("cuda",)
 _MISSING: Any = object()
 
@@ -373,7 +368,8 @@ class Recording:
         self.z.copy_(x)
         self.report.zero_()
         self.begin()
-        attempts, failure, accepted, size = self._run()
+        told = attempts_until_the_end(self.report, x.device, self.step)
+        attempts, _, failure, accepted, size = told
         if self.capacity and self.step.random:
             raise NotCaptured("it draws random numbers, and would draw others for the gradient")
         if failure:
@@ -384,39 +380,6 @@ class Recording:
             return outputs
         count = int(accepted)
         return *outputs, Tape(self.tape.z[:count].clone(), self.tape.times[:count].clone())
-
-    def _run(self) -> tuple[float, float, float, float]:
-        """Makes attempts until the end: how many, why it came early (0: it did not), how many were
-        accepted, and the size of the step that would be next.
-        """
-        launched, heard, news = 0, -1.0, time.monotonic()
-        try:
-            while True:
-                told = self.report.tolist()
-                attempts, done, failure, *_ = told
-                if done or failure:
-                    # The end is told last, so what was read before it may be of before.
-                    attempts, _, failure, accepted, size = self.report.tolist()
-                    return attempts, failure, accepted, size
-                if attempts != heard:
-                    heard, news = attempts, time.monotonic()
-                if launched - attempts < _AHEAD:
-                    self.step()
-                    launched += 1
-                elif time.monotonic() - news > _PATIENCE and self._idle():
-                    if self.report.tolist() == told:
-                        raise RuntimeError("the GPU has stopped amid a recorded solve")
-                else:
-                    time.sleep(0)
-        except BaseException:
-            # What is under way still writes the report, which the next solve begins with.
-            if self.y.is_cuda:
-                torch.cuda.current_stream(self.y.device).synchronize()
-            raise
-
-    def _idle(self) -> bool:
-        """Whether the device has nothing left to do; an error of its kernels shows here too."""
-        return not self.y.is_cuda or torch.cuda.current_stream(self.y.device).query()
 
     def _load(self, problem: Problem, context: Tensor | None) -> None:
         if self.probe is not None:

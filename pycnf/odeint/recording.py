@@ -5,6 +5,7 @@ long it is kept.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,6 +20,10 @@ from pycnf.warn import warn
 # Recorded solves of one field that are kept.
 _KEPT = 32
 _DEVICES = ("cuda",)
+# Replays under way: one runs while the next waits, so the device never does.
+AHEAD = 2
+# Seconds without news after which it is looked at whether the device is still at work.
+_PATIENCE = 0.5
 
 _kept: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, RecordedSolve | None]] = (
     weakref.WeakKeyDictionary()
@@ -178,6 +183,45 @@ class Recorded:
             torch.cuda.set_stream(current)
             raise NotCaptured(str(error).partition("\n")[0]) from error
         return graph
+
+
+def attempts_until_the_end(
+    report: Tensor, device: torch.device, launch: Callable[[], None] | None
+) -> list[float]:
+    """Launches attempts ahead of the device until it tells the end; what the report says then.
+
+    Args:
+        report: (attempts, ended, ...) in pinned memory, which the device keeps up to date.
+        launch: one more attempt; None where all of them are under way.
+
+    Raises:
+        RuntimeError: the device has nothing left to do and has told no end.
+    """
+    launched, heard, news, idle = 0, -1.0, time.monotonic(), False
+    try:
+        while True:
+            attempts, ended = report[:2].tolist()
+            if ended:
+                # Told last: what is read from here on is final.
+                return report.tolist()
+            if attempts != heard:
+                heard, news, idle = attempts, time.monotonic(), False
+            if launch is not None and launched - attempts < AHEAD:
+                launch()
+                launched += 1
+            elif idle:
+                raise RuntimeError("the GPU has stopped amid a recorded solve")
+            elif time.monotonic() - news > _PATIENCE and device.type == "cuda":
+                # It may have gone on since the report was read, which is read again. An error of
+                # its kernels shows here too.
+                idle = torch.cuda.current_stream(device).query()
+            else:
+                time.sleep(0)
+    except BaseException:
+        # What is under way still writes the report, which the next solve begins with.
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        raise
 
 
 class Borrowed:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,13 @@ from torch import Tensor
 from pycnf._build import _C
 from pycnf._ops import kernels, time_tensors
 from pycnf.odeint.problem import Problem
-from pycnf.odeint.recording import Recorded, borrowed, count_evaluations, from_recording
+from pycnf.odeint.recording import (
+    Recorded,
+    attempts_until_the_end,
+    borrowed,
+    count_evaluations,
+    from_recording,
+)
 from pycnf.odeint.rounding import real_dtype
 from pycnf.odeint.stats import SolveStats
 
@@ -35,10 +40,6 @@ _FIELD = {name: i for i, name in enumerate(_C.attempt_fields)}
 _TOO_MANY_STEPS, _UNDERFLOW = 1, 2
 # Accepted steps whose sizes are reported.
 _SIZES = 2**14
-# Replays under way: one runs while the next waits, so the device never does.
-_AHEAD = 2
-# Seconds without news after which it is looked at whether the device is still at work.
-_PATIENCE = 0.5
 
 
 def replayed(solver: AdaptiveSolver) -> Tensor | None:
@@ -206,48 +207,16 @@ class Replay:
             self.first_step.copy_(first.reshape(1))
         self.report[: _C.report_numbers] = 0
         self.begin()
-        attempts, failure, accepted = self._run()
+        whole = self._whole()
+        if whole:
+            whole.launch()
+        attempts, _, failure, accepted = attempts_until_the_end(
+            self.report[: _C.report_numbers], self.y.device, None if whole else self.step
+        )
         self._count(problem, int(attempts), int(accepted))
         if failure:
             self._raise(int(failure))
         return self.solution.clone()
-
-    def _run(self) -> tuple[float, float, float]:
-        """Makes attempts until the end: how many, why it came early (0: it did not), and how many
-        were accepted.
-        """
-        loop = self._whole()
-        if loop:
-            loop.launch()
-        launched, heard, news, idle = 0, -1, time.monotonic(), False
-        try:
-            while True:
-                attempts, ended, *_ = self.report[: _C.report_numbers].tolist()
-                if ended:
-                    # Told last: what is read from here on is final.
-                    attempts, _, failure, accepted = self.report[: _C.report_numbers].tolist()
-                    return attempts, failure, accepted
-                if attempts != heard:
-                    heard, news, idle = attempts, time.monotonic(), False
-                if not loop and launched - attempts < _AHEAD:
-                    self.step()
-                    launched += 1
-                elif idle:
-                    raise RuntimeError("the GPU has stopped amid a recorded solve")
-                elif time.monotonic() - news > _PATIENCE:
-                    # It may have gone on since the report was read, which is read again.
-                    idle = self._idle()
-                else:
-                    time.sleep(0)
-        except BaseException:
-            # What is under way still writes the report, which the next solve begins with.
-            if self.y.is_cuda:
-                torch.cuda.current_stream(self.y.device).synchronize()
-            raise
-
-    def _idle(self) -> bool:
-        """Whether the device has nothing left to do; an error of its kernels shows here too."""
-        return self.y.is_cuda and torch.cuda.current_stream(self.y.device).query()
 
     def _whole(self) -> Any:
         """All attempts as one launch, once an attempt is recorded and known to draw no random
