@@ -21,8 +21,9 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 DEVICE = "cuda"
-F32, F64 = torch.float32, torch.float64
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+HALVES = pytest.mark.parametrize("dtype", [F16, BF16], ids=["f16", "bf16"])
 # Empty, single, around a group of 4, around a block's range of 1024, several ranges.
 SIZES = pytest.mark.parametrize("size", [0, 1, 3, 4, 7, 128, 1023, 1024, 1025, 4100, 33333])
 # Elements by which a view misses its allocation's alignment; 2 is 16 bytes in f64 only.
@@ -71,7 +72,7 @@ def assert_same_bits(on_device, on_cpu):
     on_device = on_device.cpu()
     assert on_device.dtype == on_cpu.dtype
     assert on_device.shape == on_cpu.shape
-    integer = {F32: torch.int32, F64: torch.int64}[on_cpu.dtype]
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[on_cpu.element_size()]
     nan = on_cpu.isnan()
     assert torch.equal(on_device.isnan(), nan)
     # -0 and 0 are one number here: sums over no rows differ in their sign.
@@ -468,6 +469,135 @@ def test_combine_gradients(ops):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+# ---- states of 16 bits: computed in f32, and each result rounded once ----------------------------
+
+# 8 is 16 bytes.
+HALF_OFFSETS = pytest.mark.parametrize("offset", [0, 1, 4, 8])
+
+
+@HALVES
+@SIZES
+@HALF_OFFSETS
+@pytest.mark.parametrize("flip", [False, True])
+def test_stage_of_half_states(ops, dtype, size, offset, flip):
+    (y0, k, fresh), device = step(size, 7, dtype, offset)
+    weights = TABLEAUX["dopri5"]["a"][5]
+    result = ops.rk_stage(device[0].view, device[1].view, flip, [device[2].view], weights, 0.37)
+    wide = k.float()
+    exact = ops.rk_stage(y0.float(), wide, flip, [fresh.float()], weights, 0.37)
+    assert_same_bits(result, exact.to(dtype))
+    assert_same_bits(device[1].view, wide.to(dtype))
+    for x in device:
+        x.check()
+
+
+@HALVES
+@SIZES
+@HALF_OFFSETS
+@pytest.mark.parametrize("kind", ["host", "device", "each"])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+def test_finish_of_half_states(ops, dtype, size, offset, kind, method):
+    """The solution that the error is scaled by is the rounded one."""
+    tableau = TABLEAUX[method]
+    solution = [] if tableau["solution_is_last_stage"] else tableau["b"]
+    (y0, k, fresh, y1), device = finish_case(size, dtype, offset)
+    y0_, k_, fresh_, y1_ = (x.view for x in device)
+    ratio_ = Guarded(torch.full_like(y0, NAN), offset)
+    tol, tol_ = tolerances(kind, size, dtype)
+    segments = [0, size // 3, size // 3, size] if size > 3 else [0, size]
+    result = ops.rk_finish(
+        y0_, k_, True, [fresh_], y1_, solution, tableau["e"], 0.37, *tol_, segments, ratio_.view
+    )
+    y0, k, fresh, y1 = (x.float() for x in (y0, k, fresh, y1))
+    if solution:
+        y1 = ops.rk_stage(y0, k, True, [fresh], solution, 0.37).to(dtype).float()
+    ratio = torch.full_like(y0, NAN)
+    expected = ops.rk_finish(
+        y0, k, True, [fresh], y1, [], tableau["e"], 0.37, *tol, segments, ratio
+    )
+    assert_norm(result, expected)
+    for x, wide in zip((*device, ratio_), (y0, k, fresh, y1, ratio)):
+        assert_same_bits(x.view, wide.to(dtype))
+        x.check()
+
+
+@HALVES
+def test_half_states_overflow_to_infinity_where_they_are_stored(ops, dtype):
+    y0 = torch.full((40,), torch.finfo(dtype).max, dtype=dtype, device=DEVICE)
+    y1, tol = torch.empty_like(y0), torch.tensor(1e-3, dtype=F64)
+    result = ops.rk_finish(
+        y0, y0[None].clone(), False, [], y1, [0.25], [1e-3], 1.0, tol, tol, [0, 40]
+    )
+    assert y1.isinf().all()
+    assert result[1].item() == 0.0
+
+
+@HALVES
+@HALF_OFFSETS
+@pytest.mark.parametrize("size", [1, 31, 1025, 6007])
+@pytest.mark.parametrize("second", [False, True])
+def test_initial_norms_of_half_states(ops, dtype, offset, size, second):
+    tensors = [normal(size, dtype=dtype, seed=seed) for seed in range(3)]
+    on_device, wide = [Guarded(x, offset).view for x in tensors], [x.float() for x in tensors]
+    if not second:
+        on_device[2] = wide[2] = None
+    tol, tol_ = tolerances("host", size, dtype)
+    result = ops.rk_initial_norms(*on_device, *tol_, [0, size])
+    assert_norm(result, ops.rk_initial_norms(*wide, *tol, [0, size]))
+
+
+@HALVES
+@SIZES
+@HALF_OFFSETS
+@pytest.mark.parametrize("times", [1, 3, 129])
+def test_interpolate_half_states(ops, dtype, size, offset, times):
+    (y0, k, _, y1), device = finish_case(size, dtype, offset)
+    x, middle = [i / max(1, times - 1) for i in range(times)], TABLEAUX["dopri5"]["m"]
+    exact = torch.full((times, size), NAN)
+    out = Guarded(exact.to(dtype), offset)
+    y0_, k_, _, y1_ = (part.view for part in device)
+    ops.rk_interpolate(y0_, y1_, k_, False, middle, 0.37, x, out.view)
+    ops.rk_interpolate(y0.float(), y1.float(), k.float(), False, middle, 0.37, x, exact)
+    assert_same_bits(out.view, exact.to(dtype))
+    out.check()
+
+
+@HALVES
+@pytest.mark.parametrize("ordered", [False, True])
+def test_combine_half_states(ops, dtype, ordered):
+    y, *k = (normal(1029, dtype=dtype, seed=j) for j in range(10))
+    weights = [(-1) ** j / (j + 1) for j in range(9)]
+    k_ = [row.to(DEVICE) for row in k]
+    result = ops.rk_combine(y.to(DEVICE), k_, weights, 0.3, None, ordered)
+    wide = [row.float() for row in k]
+    exact = ops.rk_combine(y.float(), wide, weights, 0.3, None, ordered)
+    assert_same_bits(result, exact.to(dtype))
+
+
+@HALVES
+def test_combine_gradients_of_half_states(ops, dtype):
+    y, *k = (normal(4, 3, dtype=dtype, seed=j).to(DEVICE).requires_grad_() for j in range(3))
+    h = torch.tensor(0.25, dtype=dtype, device=DEVICE, requires_grad=True)
+    inputs = (y, h, *k)
+    mine = torch.autograd.grad(ops.rk_combine(y, k, [0.5, -2.0], 0.25, h).sum(), inputs)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    theirs = reference.rk_combine(wide[0], wide[2:], [0.5, -2.0], 0.25, wide[1])
+    for a, b in zip(mine, torch.autograd.grad(theirs.sum(), wide)):
+        assert a.dtype == dtype
+        close = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(a.double(), b, rtol=close, atol=8 * close)
+
+
+@HALVES
+def test_probes_of_half_states(dtype):
+    """They have no kernels."""
+    x = normal(5, 3, dtype=dtype)
+    keys = _ops.probe_keys(x.to(DEVICE))
+    assert torch.equal(keys.cpu(), reference.probe_keys(x))
+    probes = _ops.probe_sample(keys, 3, 2, 3, noise="rademacher", dtype=dtype)
+    assert torch.equal(probes.cpu(), reference.probe_sample(keys.cpu(), 3, 2, 3, False, dtype))
+
+
 # ---- probes --------------------------------------------------------------------------------------
 
 
@@ -753,8 +883,48 @@ def test_at_most_one_sync_an_attempt(monkeypatch):
     assert len(syncs) <= attempts + 6
 
 
+@HALVES
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "dopri8", "rk4"])
+def test_solves_of_half_states(method, reverse, dtype):
+    """They agree with the solution in float64 to half precision."""
+
+    def field(t, y):
+        return torch.sin(3 * t) * y.roll(1, -1) - 0.5 * y
+
+    y0, eps = normal(1025, dtype=dtype), torch.finfo(dtype).eps
+    times = torch.linspace(1.0, -0.5, 13) if reverse else torch.linspace(0.0, 1.5, 13)
+    tol = {} if method == "rk4" else {"rtol": eps, "atol": eps}
+    with torch.no_grad():
+        ys = pycnf.odeint(field, y0.to(DEVICE), times.to(DEVICE), method=method, **tol)
+    exact = pycnf.odeint(field, y0.double(), times.double(), rtol=1e-10, atol=1e-10)
+    assert ys.dtype == dtype
+    error = (ys.cpu().double() - exact).abs().max() / exact.abs().max()
+    assert error < 16 * eps
+
+
+@HALVES
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_gradients_of_half_states(method, dtype):
+    # The choice of a first step with a graph is PyTorch's, whose squares of f16 are infinite.
+    def gradient(dtype, device, method, **tol):
+        y0 = normal(65, dtype=dtype).to(device).requires_grad_()
+        t = torch.tensor([0.0, 0.5, 1.0], device=device)
+        ys = pycnf.odeint(lambda t, y: torch.sin(y) - t * y, y0, t, method=method, **tol)
+        return torch.autograd.grad(ys[-1].sum(), y0)[0].cpu().double()
+
+    eps = torch.finfo(dtype).eps
+    options = {"first_step" if method == "dopri5" else "step_size": 0.1}
+    tol = {"rtol": eps, "atol": eps, "options": options}
+    mine = gradient(dtype, DEVICE, method, **tol)
+    exact = gradient(F64, "cpu", "dopri5", rtol=1e-8, atol=1e-8)
+    assert (mine - exact).abs().max() < 64 * eps
+
+
 def test_compiled_ops_serve_the_gpu():
-    assert _ops.has_kernels(F32, torch.device(DEVICE))
+    for dtype in (F16, BF16, F32, F64):
+        assert _ops.has_kernels(dtype, torch.device(DEVICE))
+    assert not _ops.has_kernels(torch.complex64, torch.device(DEVICE))
 
 
 # ---- solves without the host in their loop -------------------------------------------------------

@@ -88,13 +88,14 @@ def test_no_kernel_spills_registers(compiled, source):
 
 
 def fused_products(nvcc, source, *flags):
-    """How many fused multiply-adds nvcc forms for a source."""
+    """How many fused multiply-adds nvcc forms for a source, not counting those of CUDA's pow."""
     result = run(
         [nvcc, "-ptx", "-std=c++20", "-arch=sm_90", *flags, f"-I{ROOT / 'csrc'}", source, "-o", "-"]
     )
     assert result.returncode == 0, result.stderr
-    assert "mul.rn.f32" in result.stdout or "fma.rn.f32" in result.stdout
-    return len(re.findall(r"\bfma\.r", result.stdout))
+    assert re.search(r"\b(mul|fma)\.rn\.f", result.stdout)
+    ours = re.sub(r"\.func [^{}]*\b__internal_\w+\(.*?\n}", "", result.stdout, flags=re.DOTALL)
+    return len(re.findall(r"\bfma\.r", ours))
 
 
 def test_steps_round_as_on_the_cpu(nvcc):

@@ -35,12 +35,12 @@ __global__ void __launch_bounds__(kThreads)
   const Attempt& attempt = *p.attempt;
   if (attempt.accepted_now == 0) return;
   const int64_t first = int64_t(attempt.first_output), last = int64_t(attempt.last_output);
-  const T h = *p.h;
   for_each_group<kWidth>(0, p.size, global_thread(), global_threads(), [&](auto width, int64_t i) {
     constexpr int w = decltype(width)::value;
     const Group<T, w> y1 = load<w>(p.y1 + i);
     const Group<T, w> f1 = load<w>(p.last_row + i);
     if (first < last) {
+      const T h = *p.h;
       const Group<T, w> y0 = load<w>(p.y + i);
       const Group<T, w> f0 = load<w>(p.first_row + i);
       const Group<T, w> middle = advance<w>(p.y, p.middle, i);
@@ -50,6 +50,8 @@ __global__ void __launch_bounds__(kThreads)
         quartic[e] =
             fit_quartic(y0.value[e], y1.value[e], middle.value[e], f0.value[e], f1.value[e], h);
       }
+      // Unrolled, and with h kept from before, it spills.
+#pragma unroll 1
       for (int64_t output = first; output < last; ++output) {
         const T x = step_point<Time, T>(attempt, p.outputs[output]);
         Group<T, w> out;
