@@ -4,12 +4,29 @@ Rounding decides step counts, so "equal" between CPU and CUDA means the same bit
 arithmetic is +, -, *, / and sqrt.
 """
 
+import functools
 import itertools
 import math
 import warnings
 
+import kernel_cases
 import pytest
 import torch
+from kernel_cases import (
+    ADAPTIVE,
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    HALVES,
+    NAN,
+    OFFSETS,
+    TABLEAUX,
+    assert_norms,
+    assert_same_bits,
+    normal,
+)
 
 import pycnf
 from pycnf import _C, _ops, reference
@@ -21,15 +38,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 DEVICE = "cuda"
-F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-DTYPES = pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
-HALVES = pytest.mark.parametrize("dtype", [F16, BF16], ids=["f16", "bf16"])
 # Empty, single, around a group of 4, around a block's range of 1024, several ranges.
 SIZES = pytest.mark.parametrize("size", [0, 1, 3, 4, 7, 128, 1023, 1024, 1025, 4100, 33333])
-# Elements by which a view misses its allocation's alignment; 2 is 16 bytes in f64 only.
-OFFSETS = pytest.mark.parametrize("offset", [0, 1, 2])
-TABLEAUX = {tableau["name"]: tableau for tableau in _C.tableaux()}
-NAN = float("nan")
 
 
 @pytest.fixture
@@ -37,27 +47,7 @@ def ops():
     return torch.ops.pycnf
 
 
-def normal(*shape, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, dtype=F64, generator=generator).to(dtype)
-
-
-class Guarded:
-    """A copy on the device, `offset` elements into an allocation whose rest must not change."""
-
-    GUARD = -77.0
-
-    def __init__(self, x, offset=0):
-        self.offset, self.size = offset, x.numel()
-        self.buffer = torch.full(
-            (offset + self.size + 16,), self.GUARD, dtype=x.dtype, device=DEVICE
-        )
-        self.view = self.buffer[offset : offset + self.size].view(x.shape)
-        self.view.copy_(x)
-
-    def check(self):
-        rest = torch.cat([self.buffer[: self.offset], self.buffer[self.offset + self.size :]])
-        assert (rest == self.GUARD).all(), "written outside of the tensor"
+Guarded = functools.partial(kernel_cases.Guarded, device=DEVICE)
 
 
 def step(size, stages, dtype, offset=0, seed=0):
@@ -66,23 +56,6 @@ def step(size, stages, dtype, offset=0, seed=0):
     k = normal(stages, size, dtype=dtype, seed=seed + 1)
     fresh = normal(size, dtype=dtype, seed=seed + 2)
     return (y0, k, fresh), tuple(Guarded(x, offset) for x in (y0, k, fresh))
-
-
-def assert_same_bits(on_device, on_cpu):
-    on_device = on_device.cpu()
-    assert on_device.dtype == on_cpu.dtype
-    assert on_device.shape == on_cpu.shape
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[on_cpu.element_size()]
-    nan = on_cpu.isnan()
-    assert torch.equal(on_device.isnan(), nan)
-    # -0 and 0 are one number here: sums over no rows differ in their sign.
-    on_device, on_cpu = (x.masked_fill(nan, 0) + 0.0 for x in (on_device, on_cpu))
-    assert torch.equal(on_device.view(integer), on_cpu.view(integer))
-
-
-def assert_norm(on_device, on_cpu, rtol=1e-14):
-    """Norms sum in another order than on the CPU, in f64; flags are flags."""
-    torch.testing.assert_close(on_device.cpu(), on_cpu, rtol=rtol, atol=0.0, equal_nan=True)
 
 
 def assert_bounded(result, eager, exact):
@@ -201,7 +174,7 @@ def check_finish(ops, case, device, weights, flip, tol, segments, use_ratio=True
         ratio_.view if use_ratio else None,
     )  # fmt: skip
     assert on_device.device.type == DEVICE
-    assert_norm(on_device, on_cpu)
+    assert_norms(on_device, on_cpu)
     # The scaled error is a small difference of large terms, hence the wide bound in f32.
     torch.testing.assert_close(
         on_device.cpu(),
@@ -421,7 +394,7 @@ def test_initial_norms(ops, dtype, offset, size, kind, second):
         )
         on_cpu = torch.ops.pycnf.rk_initial_norms(*tensors, rtol, atol, segments)
         result = ops.rk_initial_norms(*on_device, rtol_, atol_, segments)
-        assert_norm(result, on_cpu)
+        assert_norms(result, on_cpu)
         torch.testing.assert_close(
             result.cpu(), exact, rtol=1e-12 if dtype == F64 else 1e-5, atol=0.0, equal_nan=True
         )
@@ -515,7 +488,7 @@ def test_finish_of_half_states(ops, dtype, size, offset, kind, method):
     expected = ops.rk_finish(
         y0, k, True, [fresh], y1, [], tableau["e"], 0.37, *tol, segments, ratio
     )
-    assert_norm(result, expected)
+    assert_norms(result, expected)
     for x, wide in zip((*device, ratio_), (y0, k, fresh, y1, ratio)):
         assert_same_bits(x.view, wide.to(dtype))
         x.check()
@@ -543,7 +516,7 @@ def test_initial_norms_of_half_states(ops, dtype, offset, size, second):
         on_device[2] = wide[2] = None
     tol, tol_ = tolerances("host", size, dtype)
     result = ops.rk_initial_norms(*on_device, *tol_, [0, size])
-    assert_norm(result, ops.rk_initial_norms(*wide, *tol, [0, size]))
+    assert_norms(result, ops.rk_initial_norms(*wide, *tol, [0, size]))
 
 
 @HALVES
@@ -783,7 +756,6 @@ def test_opcheck():
 
 # ---- whole solves --------------------------------------------------------------------------------
 
-ADAPTIVE = [name for name, tableau in TABLEAUX.items() if tableau["adaptive"]]
 FIXED = [name for name, tableau in TABLEAUX.items() if not tableau["adaptive"]]
 
 

@@ -11,26 +11,33 @@ import math
 import pytest
 import torch
 from host_kernels import ROOT, HostKernels, build, find_compiler
+from kernel_cases import (
+    ADAPTIVE,
+    DTYPES,
+    F32,
+    F64,
+    HALVES,
+    NAN,
+    OFFSETS,
+    TABLEAUX,
+    Guarded,
+    assert_norms,
+    assert_same_bits,
+    bits,
+    normal,
+)
 
 import pycnf
-from pycnf import _C, reference
+from pycnf import reference
 
 if not (ROOT / "csrc").is_dir():
     pytest.skip("needs pycnf's sources", allow_module_level=True)
 if find_compiler() is None:
     pytest.skip("needs g++", allow_module_level=True)
 
-F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-DTYPES = pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
-HALVES = pytest.mark.parametrize("dtype", [F16, BF16], ids=["f16", "bf16"])
 SIZES = pytest.mark.parametrize("size", [0, 1, 3, 31, 255, 257, 1000, 1024, 1025, 5000])
-# Elements by which a view misses its allocation's alignment; 2 is 16 bytes in f64 only.
-OFFSETS = pytest.mark.parametrize("offset", [0, 1, 2])
 FLIPS = pytest.mark.parametrize("flip", [False, True])
-TABLEAUX = {tableau["name"]: tableau for tableau in _C.tableaux()}
-ADAPTIVE = [name for name, tableau in TABLEAUX.items() if tableau["adaptive"]]
 SEEDS = range(5)
-NAN = float("nan")
 
 
 @pytest.fixture(scope="session")
@@ -48,43 +55,6 @@ def host(kernels):
 @pytest.fixture
 def ops():
     return torch.ops.pycnf
-
-
-def normal(*shape, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, dtype=F64, generator=generator).to(dtype)
-
-
-class Guarded:
-    """A copy, `offset` elements into an allocation whose rest must not change."""
-
-    GUARD = -77.0
-
-    def __init__(self, x, offset=0):
-        self.offset, self.size = offset, x.numel()
-        self.buffer = torch.full((offset + self.size + 16,), self.GUARD, dtype=x.dtype)
-        self.view = self.buffer[offset : offset + self.size].view(x.shape)
-        self.view.copy_(x)
-
-    def check(self):
-        rest = torch.cat([self.buffer[: self.offset], self.buffer[self.offset + self.size :]])
-        assert (rest == self.GUARD).all(), "written outside of the tensor"
-
-
-def bits(x):
-    """A NaN is a NaN, and -0 is 0: sums over no rows differ in their sign."""
-    x = torch.where(x.isnan(), NAN, x + 0.0)
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-
-
-def assert_same_bits(result, expected):
-    assert result.dtype == expected.dtype and result.shape == expected.shape
-    assert torch.equal(bits(result), bits(expected))
-
-
-def assert_norms(result, expected, rtol=1e-14):
-    """Norms sum in another order than on the CPU, in f64; flags are flags."""
-    torch.testing.assert_close(result, expected, rtol=rtol, atol=0.0, equal_nan=True)
 
 
 class Step:

@@ -7,6 +7,7 @@
 
 #include "core/attempt.h"
 #include "torch/arguments.h"
+#include "torch/plan_tensors.h"
 
 namespace pycnf {
 
@@ -15,22 +16,12 @@ struct PlanTensors {
   at::Tensor attempt, times, h, outputs, stops, report;
 
   explicit PlanTensors(at::TensorList plan) {
-    TORCH_CHECK(plan.size() == 6, "plan must be attempt, times, h, outputs, stops, report, got ",
-                plan.size(), " tensors");
-    at::Tensor* const members[] = {&attempt, &times, &h, &outputs, &stops, &report};
-    constexpr const char* names[] = {"attempt", "times", "h", "outputs", "stops", "report"};
-    for (size_t i = 0; i < plan.size(); ++i) {
-      const auto& tensor = plan[i];
-      check_state(tensor, names[i]);
-      const bool of_state = i == 1 || i == 2;
-      TORCH_CHECK(of_state ? tensor.scalar_type() == plan[1].scalar_type()
-                           : tensor.scalar_type() == at::kDouble,
-                  names[i], " must be ", of_state ? "of the state's dtype" : "float64", ", got ",
-                  tensor.scalar_type());
-      TORCH_CHECK(tensor.device() == (i == 5 ? at::Device(at::kCPU) : plan[0].device()), names[i],
-                  " is on ", tensor.device());
-      *members[i] = tensor;
-    }
+    take_plan(plan, {{"attempt", &attempt},
+                     {"times", &times},
+                     {"h", &h},
+                     {"outputs", &outputs},
+                     {"stops", &stops},
+                     {"report", &report}});
     TORCH_CHECK(attempt.numel() == kAttemptNumbers, "attempt must be [", kAttemptNumbers, "], got ",
                 attempt.sizes());
     TORCH_CHECK(h.numel() == 2, "h must be [2], got ", h.sizes());

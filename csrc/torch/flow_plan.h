@@ -7,6 +7,7 @@
 
 #include "core/flow_attempt.h"
 #include "torch/arguments.h"
+#include "torch/plan_tensors.h"
 
 namespace pycnf {
 
@@ -15,22 +16,11 @@ struct FlowTensors {
   at::Tensor attempt, times, h, tape, report;
 
   explicit FlowTensors(at::TensorList plan) {
-    TORCH_CHECK(plan.size() == 5, "plan must be attempt, times, h, tape, report, got ", plan.size(),
-                " tensors");
-    at::Tensor* const members[] = {&attempt, &times, &h, &tape, &report};
-    constexpr const char* names[] = {"attempt", "times", "h", "tape", "report"};
-    for (size_t i = 0; i < plan.size(); ++i) {
-      const auto& tensor = plan[i];
-      check_state(tensor, names[i]);
-      const bool of_state = i == 1 || i == 2;
-      TORCH_CHECK(of_state ? tensor.scalar_type() == plan[1].scalar_type()
-                           : tensor.scalar_type() == at::kDouble,
-                  names[i], " must be ", of_state ? "of the state's dtype" : "float64", ", got ",
-                  tensor.scalar_type());
-      TORCH_CHECK(tensor.device() == (i == 4 ? at::Device(at::kCPU) : plan[0].device()), names[i],
-                  " is on ", tensor.device());
-      *members[i] = tensor;
-    }
+    take_plan(plan, {{"attempt", &attempt},
+                     {"times", &times},
+                     {"h", &h},
+                     {"tape", &tape},
+                     {"report", &report}});
     TORCH_CHECK(attempt.numel() == kFlowNumbers, "attempt must be [", kFlowNumbers, "], got ",
                 attempt.sizes());
     TORCH_CHECK(h.numel() == 1, "h must be [1], got ", h.sizes());
