@@ -466,8 +466,8 @@ def test_replays_beyond_the_end_change_nothing(monkeypatch):
 class Loop:
     """A stand-in for a WHILE graph: attempts until the device says stop."""
 
-    def __init__(self, queue, step, attempt):
-        self.queue, self.step, self.attempt = queue, step, attempt
+    def __init__(self, queue, step, done, failure):
+        self.queue, self.step, self.ends = queue, step, (done, failure)
         self.launches = 0
 
     def launch(self):
@@ -475,8 +475,7 @@ class Loop:
         self.queue.waiting.append(self.run)
 
     def run(self):
-        done, failure = (replay._FIELD[name] for name in ("done", "failure"))
-        while not (self.attempt[done] or self.attempt[failure]):
+        while not any(self.ends):
             self.step.work()
 
 
@@ -488,12 +487,12 @@ def test_all_attempts_as_one_launch(monkeypatch, case):
     queue = Queue(monkeypatch)
     made = []
 
-    def make(graph, attempt):
+    def make(graph, done, failure):
         (recorded,) = kept(field)
-        made.append(Loop(queue, recorded.step, attempt))
+        made.append(Loop(queue, recorded.step, done, failure))
         return made[-1]
 
-    monkeypatch.setattr(replay._C, "WhileGraph", make, raising=False)
+    monkeypatch.setattr(recording._C, "WhileGraph", make, raising=False)
     results = []
     for i in range(4):
         results.append(outcome(lambda: solve(field, y0, t, True, **keywords)))
@@ -513,7 +512,7 @@ def test_all_attempts_as_one_launch(monkeypatch, case):
 
 def test_random_fields_are_replayed_attempt_by_attempt(monkeypatch):
     field, t = Swing(), torch.linspace(0, 2, 4, dtype=F64)
-    monkeypatch.setattr(replay._C, "WhileGraph", None, raising=False)
+    monkeypatch.setattr(recording._C, "WhileGraph", None, raising=False)
     solve(field, state(), t, True)
     (recorded,) = kept(field)
     recorded.step.random = True

@@ -10,8 +10,9 @@ namespace pycnf {
 
 namespace {
 
-__global__ void go_on_kernel(cudaGraphConditionalHandle handle, const Attempt* attempt) {
-  cudaGraphSetConditional(handle, attempt->done == 0 && attempt->failure == 0);
+__global__ void go_on_kernel(cudaGraphConditionalHandle handle, const double* done,
+                             const double* failure) {
+  cudaGraphSetConditional(handle, *done == 0 && *failure == 0);
 }
 
 cudaError_t add_node(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNode_t* after,
@@ -24,9 +25,9 @@ cudaError_t add_node(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNo
 }
 
 cudaError_t add_decision(cudaGraph_t graph, const cudaGraphNode_t* after,
-                         cudaGraphConditionalHandle handle, const Attempt* attempt,
-                         cudaGraphNode_t* node) {
-  void* arguments[] = {&handle, &attempt};
+                         cudaGraphConditionalHandle handle, const double* done,
+                         const double* failure, cudaGraphNode_t* node) {
+  void* arguments[] = {&handle, &done, &failure};
   cudaGraphNodeParams params = {};
   params.type = cudaGraphNodeTypeKernel;
   params.kernel.func = reinterpret_cast<void*>(go_on_kernel);
@@ -38,12 +39,13 @@ cudaError_t add_decision(cudaGraph_t graph, const cudaGraphNode_t* after,
 
 // decision -> while (decision) { attempt -> decision }: a solve may have failed before its first
 // attempt.
-cudaError_t fill(cudaGraph_t graph, cudaGraph_t one_attempt, const Attempt* attempt) {
+cudaError_t fill(cudaGraph_t graph, cudaGraph_t one_attempt, const double* done,
+                 const double* failure) {
   cudaGraphConditionalHandle handle;
   auto error = cudaGraphConditionalHandleCreate(&handle, graph, 0, cudaGraphCondAssignDefault);
   if (error != cudaSuccess) return error;
   cudaGraphNode_t first, loop, body, decision;
-  error = add_decision(graph, nullptr, handle, attempt, &first);
+  error = add_decision(graph, nullptr, handle, done, failure, &first);
   if (error != cudaSuccess) return error;
   cudaGraphNodeParams params = {};
   params.type = cudaGraphNodeTypeConditional;
@@ -55,17 +57,17 @@ cudaError_t fill(cudaGraph_t graph, cudaGraph_t one_attempt, const Attempt* atte
   const cudaGraph_t inner = params.conditional.phGraph_out[0];
   error = cudaGraphAddChildGraphNode(&body, inner, nullptr, 0, one_attempt);
   if (error != cudaSuccess) return error;
-  return add_decision(inner, &body, handle, attempt, &decision);
+  return add_decision(inner, &body, handle, done, failure, &decision);
 }
 
 }  // namespace
 
-cudaError_t make_while_graph(cudaGraph_t one_attempt, const Attempt* attempt,
+cudaError_t make_while_graph(cudaGraph_t one_attempt, const double* done, const double* failure,
                              cudaGraphExec_t* result) {
   cudaGraph_t graph;
   auto error = cudaGraphCreate(&graph, 0);
   if (error != cudaSuccess) return error;
-  error = fill(graph, one_attempt, attempt);
+  error = fill(graph, one_attempt, done, failure);
   if (error == cudaSuccess) error = cudaGraphInstantiate(result, graph, 0);
   cudaGraphDestroy(graph);
   return error;
@@ -73,7 +75,7 @@ cudaError_t make_while_graph(cudaGraph_t one_attempt, const Attempt* attempt,
 
 #else
 
-cudaError_t make_while_graph(cudaGraph_t, const Attempt*, cudaGraphExec_t*) {
+cudaError_t make_while_graph(cudaGraph_t, const double*, const double*, cudaGraphExec_t*) {
   return cudaErrorNotSupported;
 }
 

@@ -3,13 +3,11 @@
 
 #include <cuda_runtime_api.h>
 
-#include "core/attempt.h"
-
 namespace pycnf {
 
-// One launch that repeats a recorded attempt until done or failure. cudaErrorNotSupported before
-// CUDA 12.4.
-cudaError_t make_while_graph(cudaGraph_t one_attempt, const Attempt* attempt,
+// One launch that repeats a recorded attempt until *done or *failure, in device memory, is not 0.
+// cudaErrorNotSupported before CUDA 12.4.
+cudaError_t make_while_graph(cudaGraph_t one_attempt, const double* done, const double* failure,
                              cudaGraphExec_t* result);
 
 }  // namespace pycnf

@@ -13,15 +13,17 @@ namespace py = pybind11;
 
 class WhileGraph {
  public:
-  // Of a cudaGraph_t that makes one attempt, which is copied, and the attempt's numbers, which must
-  // stay where they are.
-  WhileGraph(uintptr_t one_attempt, const at::Tensor& attempt) : device_(attempt.device()) {
-    TORCH_CHECK(attempt.is_cuda() && attempt.scalar_type() == at::kDouble &&
-                    attempt.numel() == kAttemptNumbers && attempt.is_contiguous(),
-                "attempt must be the numbers of an attempt on a GPU");
+  // Of a cudaGraph_t that makes one attempt, which is copied, and two numbers that must stay where
+  // they are.
+  WhileGraph(uintptr_t one_attempt, const at::Tensor& done, const at::Tensor& failure)
+      : device_(done.device()) {
+    for (const auto& number : {done, failure}) {
+      TORCH_CHECK(number.is_cuda() && number.scalar_type() == at::kDouble && number.numel() == 1,
+                  "done and failure must be one float64 each on a GPU");
+    }
     const c10::cuda::CUDAGuard guard(device_);
     C10_CUDA_CHECK(make_while_graph(reinterpret_cast<cudaGraph_t>(one_attempt),
-                                    reinterpret_cast<const Attempt*>(attempt.data_ptr<double>()),
+                                    done.const_data_ptr<double>(), failure.const_data_ptr<double>(),
                                     &exec_));
   }
 
@@ -44,7 +46,8 @@ class WhileGraph {
 
 void bind_while_graph(py::module_& m) {
   py::class_<WhileGraph>(m, "WhileGraph")
-      .def(py::init<uintptr_t, const at::Tensor&>(), py::arg("one_attempt"), py::arg("attempt"))
+      .def(py::init<uintptr_t, const at::Tensor&, const at::Tensor&>(), py::arg("one_attempt"),
+           py::arg("done"), py::arg("failure"))
       .def("launch", &WhileGraph::launch);
 }
 

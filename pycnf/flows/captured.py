@@ -28,7 +28,7 @@ from pycnf._build import _C
 from pycnf._ops import has_kernels, kernels, time_tensors
 from pycnf.nn.divergence import has_forward_mode
 from pycnf.nn.layers import LAYERS
-from pycnf.odeint.recording import NotCaptured, Recorded, attempts_until_the_end
+from pycnf.odeint.recording import Attempts, NotCaptured, Recorded
 from pycnf.warn import warn
 
 from .control import AdaptiveControl
@@ -292,6 +292,8 @@ class Recording:
         ]
         self.begin = Recorded(self._begin, device)
         self.step = Recorded(self._attempt, device)
+        done, failure = (self.attempt[_FIELD[name]] for name in ("done", "failure"))
+        self.attempts = Attempts(self.step, self.report, done, failure)
         if capacity:
             self._prepare_gradient(context)
 
@@ -368,8 +370,7 @@ class Recording:
         self.z.copy_(x)
         self.report.zero_()
         self.begin()
-        told = attempts_until_the_end(self.report, x.device, self.step)
-        attempts, _, failure, accepted, size = told
+        attempts, _, failure, accepted, size = self.attempts.run()
         if self.capacity and self.step.random:
             raise NotCaptured("it draws random numbers, and would draw others for the gradient")
         if failure:

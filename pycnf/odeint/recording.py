@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pycnf._build import _C
 from pycnf.odeint.problem import Problem
 from pycnf.warn import warn
 
@@ -185,43 +186,70 @@ class Recorded:
         return graph
 
 
-def attempts_until_the_end(
-    report: Tensor, device: torch.device, launch: Callable[[], None] | None
-) -> list[float]:
-    """Launches attempts ahead of the device until it tells the end; what the report says then.
+class Attempts:
+    """The attempts of a recorded solve, which the device ends.
 
     Args:
+        step: one attempt.
         report: (attempts, ended, ...) in pinned memory, which the device keeps up to date.
-        launch: one more attempt; None where all of them are under way.
-
-    Raises:
-        RuntimeError: the device has nothing left to do and has told no end.
+        done, failure: f64 in memory of the device, 0 for as long as there is more to do.
     """
-    launched, heard, news, idle = 0, -1.0, time.monotonic(), False
-    try:
-        while True:
-            attempts, ended = report[:2].tolist()
-            if ended:
-                # Told last: what is read from here on is final.
-                return report.tolist()
-            if attempts != heard:
-                heard, news, idle = attempts, time.monotonic(), False
-            if launch is not None and launched - attempts < AHEAD:
-                launch()
-                launched += 1
-            elif idle:
-                raise RuntimeError("the GPU has stopped amid a recorded solve")
-            elif time.monotonic() - news > _PATIENCE and device.type == "cuda":
-                # It may have gone on since the report was read, which is read again. An error of
-                # its kernels shows here too.
-                idle = torch.cuda.current_stream(device).query()
-            else:
-                time.sleep(0)
-    except BaseException:
-        # What is under way still writes the report, which the next solve begins with.
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-        raise
+
+    def __init__(self, step: Recorded, report: Tensor, done: Tensor, failure: Tensor) -> None:
+        self.step, self.report = step, report
+        self.done, self.failure = done, failure
+        # All attempts as one launch; False where that cannot be.
+        self.whole: Any = None
+
+    def run(self) -> list[float]:
+        """Launches attempts ahead of the device until it tells the end; what the report says then.
+
+        Raises:
+            RuntimeError: the device has nothing left to do and has told no end.
+        """
+        device = self.done.device
+        whole = self._as_one()
+        if whole:
+            whole.launch()
+        launched, heard, news, idle = 0, -1.0, time.monotonic(), False
+        try:
+            while True:
+                attempts, ended = self.report[:2].tolist()
+                if ended:
+                    # Told last: what is read from here on is final.
+                    return self.report.tolist()
+                if attempts != heard:
+                    heard, news, idle = attempts, time.monotonic(), False
+                if not whole and launched - attempts < AHEAD:
+                    self.step()
+                    launched += 1
+                elif idle:
+                    raise RuntimeError("the GPU has stopped amid a recorded solve")
+                elif time.monotonic() - news > _PATIENCE and device.type == "cuda":
+                    # It may have gone on since the report was read, which is read again. An error
+                    # of its kernels shows here too.
+                    idle = torch.cuda.current_stream(device).query()
+                else:
+                    time.sleep(0)
+        except BaseException:
+            # What is under way still writes the report, which the next solve begins with.
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            raise
+
+    def _as_one(self) -> Any:
+        """All attempts as one launch, once an attempt is recorded and known to draw no random
+        numbers: only replays draw new ones.
+        """
+        if self.whole is None and self.step.random is not None:
+            self.whole = False
+            if not self.step.random:
+                try:
+                    graph = self.step.graph.raw_cuda_graph()
+                    self.whole = _C.WhileGraph(graph, self.done, self.failure)
+                except (RuntimeError, AttributeError):
+                    pass  # before CUDA 12.4 or PyTorch 2.8, or work that no such graph can hold
+        return self.whole
 
 
 class Borrowed:

@@ -14,7 +14,7 @@ import functools
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from pycnf._build import _C
 from pycnf._ops import kernels, time_tensors
 from pycnf.odeint.problem import Problem
 from pycnf.odeint.recording import (
+    Attempts,
     Recorded,
-    attempts_until_the_end,
     borrowed,
     count_evaluations,
     from_recording,
@@ -135,8 +135,9 @@ class Replay:
         self.stage_times = self.times.unbind()
         self.begin = Recorded(self._begin, device)
         self.step = Recorded(self._attempt, device)
-        # All attempts as one launch; False where that cannot be.
-        self.loop: Any = None
+        done, failure = (self.attempt[_FIELD[name]] for name in ("done", "failure"))
+        told = self.report[: _C.report_numbers]
+        self.attempts = Attempts(self.step, told, done, failure)
 
     # ---- what is recorded ------------------------------------------------------------------------
 
@@ -207,30 +208,11 @@ class Replay:
             self.first_step.copy_(first.reshape(1))
         self.report[: _C.report_numbers] = 0
         self.begin()
-        whole = self._whole()
-        if whole:
-            whole.launch()
-        attempts, _, failure, accepted = attempts_until_the_end(
-            self.report[: _C.report_numbers], self.y.device, None if whole else self.step
-        )
+        attempts, _, failure, accepted = self.attempts.run()
         self._count(problem, int(attempts), int(accepted))
         if failure:
             self._raise(int(failure))
         return self.solution.clone()
-
-    def _whole(self) -> Any:
-        """All attempts as one launch, once an attempt is recorded and known to draw no random
-        numbers: only replays draw new ones.
-        """
-        if self.loop is None and self.step.random is not None:
-            self.loop = False
-            if not self.step.random:
-                try:
-                    graph = self.step.graph.raw_cuda_graph()
-                    self.loop = _C.WhileGraph(graph, self.attempt)
-                except RuntimeError:
-                    pass  # a driver before CUDA 12.4, or work that such a graph cannot hold
-        return self.loop
 
     def _count(self, problem: Problem, attempts: int, accepted: int) -> None:
         stats = problem.stats
