@@ -1,5 +1,7 @@
 """What the tests of the CUDA kernels have in common, on a GPU and on a host."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -52,3 +54,23 @@ def assert_same_bits(result, expected):
 def assert_norms(result, expected, rtol=1e-14):
     """Norms sum in another order than on the CPU, in f64; flags are flags."""
     torch.testing.assert_close(result.cpu(), expected, rtol=rtol, atol=0.0, equal_nan=True)
+
+
+def cuts(size, parts):
+    """Adjacent segments of many lengths, some shorter than a group of 4."""
+    borders = sorted({0, size, *((i * i * 7 + 3 * i) % size for i in range(1, parts))})
+    return [at for pair in itertools.pairwise(borders) for at in pair]
+
+
+SEGMENTS = {
+    "none": lambda n: [],
+    "all": lambda n: [0, n],
+    "two": lambda n: [0, n // 3, n // 3, n],
+    "gaps": lambda n: [1, 5, 7, n // 2, n // 2 + 3, n - 2],
+    "adjoint": lambda n: [0, 1, 1, n // 3, n // 3, n // 2 + 1, n // 2 + 1, n],
+    "many": lambda n: cuts(n, 60),
+    "many, through a table": lambda n: cuts(n, 400),
+    "first empty": lambda n: [0, 0, 0, n],
+    "first empty, behind a gap": lambda n: [5, 5, 5, n],
+    "later empty": lambda n: [0, 9, 9, 9, 9, n],
+}

@@ -22,6 +22,7 @@ from kernel_cases import (
     HALVES,
     NAN,
     OFFSETS,
+    SEGMENTS,
     TABLEAUX,
     assert_norms,
     assert_same_bits,
@@ -242,26 +243,6 @@ def test_finish_reads_numbers_on_host_and_device_alike(ops):
         error = TABLEAUX["dopri5"]["e"]
         results.append(check_finish(ops, case, device, ([], error), False, tol, [0, 999]))
     assert torch.equal(*results)
-
-
-def cuts(size, parts):
-    """Adjacent segments of many lengths, some shorter than a group of 4."""
-    borders = sorted({0, size, *((i * i * 7 + 3 * i) % size for i in range(1, parts))})
-    return [at for pair in itertools.pairwise(borders) for at in pair]
-
-
-SEGMENTS = {
-    "none": lambda n: [],
-    "all": lambda n: [0, n],
-    "two": lambda n: [0, n // 3, n // 3, n],
-    "gaps": lambda n: [1, 5, 7, n // 2, n // 2 + 3, n - 2],
-    "adjoint": lambda n: [0, 1, 1, n // 3, n // 3, n // 2 + 1, n // 2 + 1, n],
-    "many": lambda n: cuts(n, 60),
-    "many, through a table": lambda n: cuts(n, 400),
-    "first empty": lambda n: [0, 0, 0, n],
-    "first empty, behind a gap": lambda n: [5, 5, 5, n],
-    "later empty": lambda n: [0, 9, 9, 9, 9, n],
-}
 
 
 @DTYPES

@@ -5,7 +5,6 @@ whatever the order of threads and blocks; and the stand-in for CUDA catches what
 """
 
 import importlib
-import itertools
 import math
 
 import pytest
@@ -19,11 +18,13 @@ from kernel_cases import (
     HALVES,
     NAN,
     OFFSETS,
+    SEGMENTS,
     TABLEAUX,
     Guarded,
     assert_norms,
     assert_same_bits,
     bits,
+    cuts,
     normal,
 )
 
@@ -92,25 +93,6 @@ def tolerances(kind, size):
     if kind == "each":
         atol = atol * (1 + normal(size, dtype=F64, seed=6).abs())
     return rtol, atol
-
-
-def cuts(size, parts):
-    """Adjacent segments of many lengths, some shorter than a group of 4."""
-    borders = sorted({0, size, *((i * i * 7 + 3 * i) % size for i in range(1, parts))})
-    return [at for pair in itertools.pairwise(borders) for at in pair]
-
-
-SEGMENTS = {
-    "none": lambda n: [],
-    "all": lambda n: [0, n],
-    "gaps": lambda n: [1, 5, 7, n // 2, n // 2 + 3, n - 2],
-    "adjoint": lambda n: [0, 1, 1, n // 3, n // 3, n // 2 + 1, n // 2 + 1, n],
-    "many": lambda n: cuts(n, 60),
-    "many, through a table": lambda n: cuts(n, 400),
-    "first empty": lambda n: [0, 0, 0, n],
-    "first empty, behind a gap": lambda n: [5, 5, 5, n],
-    "later empty": lambda n: [0, 9, 9, 9, 9, n],
-}
 
 
 # ---- stages --------------------------------------------------------------------------------------

@@ -86,6 +86,23 @@ def assert_same(field, y0, t, times=3, **keywords):
         assert mine == counts
 
 
+def assert_same_gradients(field, y0, start, t, options=(), **keywords):
+    """To the state, times and parameters, with as many evaluations and steps on both ways."""
+
+    def gradients(**more):
+        ys = pycnf.odeint_adjoint(field, start, t, options={**dict(options), **more}, **keywords)
+        loss = sum(part.square().sum() for part in as_tuple(ys))
+        grads = torch.autograd.grad(loss, (y0, t, *field.parameters()), retain_graph=True)
+        stats = pycnf.last_stats()
+        return grads, [(s.evaluations, s.accepted, s.rejected) for s in (stats, stats.backward)]
+
+    expected, counts = gradients()
+    for _ in range(3):
+        mine, own = gradients(cuda_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(mine, expected))
+        assert own == counts
+
+
 TIMES = {
     "two": (0.0, 1.0),
     "many in a step": (0.0, 0.01, 0.02, 0.03, 1.0, 2.5, 2.51),
@@ -160,19 +177,7 @@ def test_adjoint(kind, times):
     y0 = state().requires_grad_()
     start = y0 if kind is Swing else (y0, y0[:, 0])
 
-    def gradients(**options):
-        ys = pycnf.odeint_adjoint(field, start, t, rtol=1e-6, atol=1e-8, options=options)
-        loss = sum(part.square().sum() for part in as_tuple(ys))
-        grads = torch.autograd.grad(loss, (y0, t, *field.parameters()))
-        stats = pycnf.last_stats()
-        counts = [(s.evaluations, s.accepted, s.rejected) for s in (stats, stats.backward)]
-        return grads, counts
-
-    expected, counts = gradients()
-    for _ in range(3):
-        mine, own = gradients(cuda_graph=True)
-        assert all(torch.equal(a, b) for a, b in zip(mine, expected))
-        assert own == counts
+    assert_same_gradients(field, y0, start, t, rtol=1e-6, atol=1e-8)
 
 
 def test_seminorm():
@@ -215,23 +220,9 @@ def test_grids_bit_for_bit(method, dtype, times, options):
 
 @pytest.mark.parametrize("times", ["two", "many in a step", "descending"])
 def test_adjoint_on_a_grid(times):
-    field, t = Pair(), torch.tensor(TIMES[times], dtype=F64)
-
-    def gradients(**options):
-        y0 = state().requires_grad_()
-        ys = pycnf.odeint_adjoint(
-            field, (y0, y0[:, 0]), t, method="rk4", options={"step_size": 0.2, **options}
-        )
-        loss = sum(part.square().sum() for part in ys)
-        grads = torch.autograd.grad(loss, (y0, *field.parameters()))
-        stats = pycnf.last_stats()
-        return grads, (stats.evaluations, stats.backward.evaluations, stats.backward.accepted)
-
-    expected, counts = gradients()
-    for _ in range(2):
-        mine, own = gradients(cuda_graph=True)
-        assert all(torch.equal(a, b) for a, b in zip(mine, expected))
-        assert own == counts
+    field, t = Pair(), torch.tensor(TIMES[times], dtype=F64, requires_grad=True)
+    y0 = state().requires_grad_()
+    assert_same_gradients(field, y0, (y0, y0[:, 0]), t, method="rk4", options={"step_size": 0.2})
 
 
 def test_a_recording_for_each_grid():

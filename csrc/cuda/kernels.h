@@ -82,22 +82,22 @@ cudaError_t launch_control(Moment moment, const AttemptPlan<State>& plan, const 
 
 // What follows an accepted step: its output times to `solution`, y1 to y, the last row of k to the
 // first; nothing after another.
-template <typename Storage, typename T = Storage>
+template <typename T>
 struct AdvanceParams {
   const Attempt* attempt;
   const double* outputs;
-  Storage* y;               // [N]
-  const Storage* y1;        // [N]
-  Storage* first_row;       // [N]
-  const Storage* last_row;  // [N]
-  WeightedRows<Storage, T> middle;
-  const T* h;         // of the accepted step
-  Storage* solution;  // [outputs, N]
+  T* y;               // [N]
+  const T* y1;        // [N]
+  T* first_row;       // [N]
+  const T* last_row;  // [N]
+  WeightedRows<T> middle;
+  const T* h;   // of the accepted step
+  T* solution;  // [outputs, N]
   int64_t size;
 };
 
-template <typename Time, typename Storage, typename T>
-cudaError_t launch_advance(const AdvanceParams<Storage, T>& p, cudaStream_t stream);
+template <typename Time, typename T>
+cudaError_t launch_advance(const AdvanceParams<T>& p, cudaStream_t stream);
 
 // Settles what core/flow_attempt.h says. norms: [2] in device memory, or null.
 template <typename State>

@@ -15,23 +15,23 @@ __global__ void __launch_bounds__(kWarp)
   if (threadIdx.x == 0) control_attempt<Time>(moment, plan, norms);
 }
 
-template <typename Storage, typename T>
+template <typename T>
 struct AdvanceArguments {
   const Attempt* attempt;
   const double* outputs;
-  Storage* y;               // [N]
-  const Storage* y1;        // [N]
-  Storage* first_row;       // [N]
-  const Storage* last_row;  // [N]
-  PackedRows<Storage, 1, T> middle;
+  T* y;               // [N]
+  const T* y1;        // [N]
+  T* first_row;       // [N]
+  const T* last_row;  // [N]
+  PackedRows<T, 1> middle;
   const T* h;
-  Storage* solution;  // [outputs, N]
+  T* solution;  // [outputs, N]
   int64_t size;
 };
 
-template <typename Time, typename Storage, typename T, int kWidth>
+template <typename Time, typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
-    advance_kernel(const __grid_constant__ AdvanceArguments<Storage, T> p) {
+    advance_kernel(const __grid_constant__ AdvanceArguments<T> p) {
   const Attempt& attempt = *p.attempt;
   if (attempt.accepted_now == 0) return;
   const int64_t first = int64_t(attempt.first_output), last = int64_t(attempt.last_output);
@@ -73,26 +73,25 @@ cudaError_t launch_control(Moment moment, const AttemptPlan<State>& plan, const 
   return launch(control_kernel<Time, State>, 1, kWarp, 0, stream, plan, moment, norms);
 }
 
-template <typename Time, typename Storage, typename T>
-cudaError_t launch_advance(const AdvanceParams<Storage, T>& p, cudaStream_t stream) {
+template <typename Time, typename T>
+cudaError_t launch_advance(const AdvanceParams<T>& p, cudaStream_t stream) {
   if (p.size == 0) return cudaSuccess;
-  const AdvanceArguments<Storage, T> arguments = {
+  const AdvanceArguments<T> arguments = {
       p.attempt,
       p.outputs,
       p.y,
       p.y1,
       p.first_row,
       p.last_row,
-      pack_rows<Storage, 1, T>({&p.middle}, nullptr, nullptr),
+      pack_rows<T, 1>({&p.middle}, nullptr, nullptr),
       p.h,
       p.solution,
       p.size,
   };
   const bool wide = aligned({p.y, p.y1, p.first_row, p.last_row, p.solution}) &&
-                    aligned(arguments.middle) && p.size % kFull<Storage> == 0;
-  const int width = wide ? kFull<Storage> : 1;
-  const auto kernel =
-      wide ? advance_kernel<Time, Storage, T, kFull<Storage>> : advance_kernel<Time, Storage, T, 1>;
+                    aligned(arguments.middle) && p.size % kFull<T> == 0;
+  const int width = wide ? kFull<T> : 1;
+  const auto kernel = wide ? advance_kernel<Time, T, kFull<T>> : advance_kernel<Time, T, 1>;
   return launch(kernel, blocks_for(p.size, int64_t(kThreads) * width), kThreads, 0, stream,
                 arguments);
 }
@@ -106,11 +105,5 @@ template cudaError_t launch_control<float>(Moment, const AttemptPlan<float>&, co
 template cudaError_t launch_advance<double>(const AdvanceParams<float>&, cudaStream_t);
 template cudaError_t launch_advance<double>(const AdvanceParams<double>&, cudaStream_t);
 template cudaError_t launch_advance<float>(const AdvanceParams<float>&, cudaStream_t);
-template cudaError_t launch_advance<double>(const AdvanceParams<__half, float>&, cudaStream_t);
-template cudaError_t launch_advance<double>(const AdvanceParams<__nv_bfloat16, float>&,
-                                            cudaStream_t);
-template cudaError_t launch_advance<float>(const AdvanceParams<__half, float>&, cudaStream_t);
-template cudaError_t launch_advance<float>(const AdvanceParams<__nv_bfloat16, float>&,
-                                           cudaStream_t);
 
 }  // namespace pycnf

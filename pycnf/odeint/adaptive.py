@@ -109,11 +109,16 @@ def _tolerance(name: str, tolerance: Tensor, y0: Tensor) -> Tensor:
 class AdaptiveSolver:
     """One solve; see the module.
 
+    Attributes:
+        one_loop: whether nothing happens between steps but what the solver itself does.
+
     Args:
         tape: receives every accepted step.
         cuda_graph: replays a recorded attempt, see `replay`, where that can be done.
         unused: options that the method does not have.
     """
+
+    one_loop = True
 
     def __init__(
         self,

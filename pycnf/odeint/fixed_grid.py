@@ -118,7 +118,8 @@ class FixedGridSolver(abc.ABC):
         if grid is None:
             # Reading a GPU would wait for it.
             known = not s.requires_grad and self.grid_constructor is None
-            grid = self.grid(torch.tensor(problem.times, dtype=s.dtype) if known else s)
+            on_host = s.device.type == "cpu" or not known
+            grid = self.grid(s if on_host else torch.tensor(problem.times, dtype=s.dtype))
         values, outputs = grid.tolist(), problem.times
         assert values[0] == outputs[0] and values[-1] == outputs[-1], (
             "the grid must begin and end as t does"

@@ -30,6 +30,8 @@ class JoinedSolver(AdaptiveSolver):
             edits that the field does not depend on.
     """
 
+    one_loop = False
+
     def __init__(
         self,
         problem: Problem,

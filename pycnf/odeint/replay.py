@@ -56,7 +56,7 @@ def _obstacle(solver: AdaptiveSolver) -> str | None:
     y0 = solver.problem.y0
     if y0.dtype not in (torch.float32, torch.float64):
         return f"there are no kernels for {y0.dtype}"
-    if type(solver).__name__ != "AdaptiveSolver":
+    if not solver.one_loop:
         return 'gradient="joined" stops where a cotangent comes in'
     if solver.tape is not None:
         return 'gradient="discrete" keeps every step'
