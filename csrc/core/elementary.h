@@ -15,4 +15,8 @@ PYCNF_HD double cosine(double x) { return ::cos(x); }
 PYCNF_HD float sine(float x) { return sinf(x); }
 PYCNF_HD double sine(double x) { return ::sin(x); }
 
+// Of a normal distribution, below √2 x.
+PYCNF_HD float normal_share(float x) { return 0.5f * (1 + erff(x)); }
+PYCNF_HD double normal_share(double x) { return 0.5 * (1 + ::erf(x)); }
+
 }  // namespace pycnf

@@ -16,7 +16,7 @@ namespace {
 
 #include "cpu/simd.h"
 //
-#include "cpu/activation.h"
+#include "core/activation.h"
 #include "cpu/product.h"
 //
 #include "cpu/mlp_tile.h"

@@ -3,53 +3,15 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/List.h>
 
 #include <algorithm>
 #include <cmath>
-#include <string_view>
 #include <vector>
 
-#include "core/mlp_solve.h"
 #include "torch/cpu_kernels.h"
+#include "torch/mlp_arguments.h"
 
 namespace pycnf {
-
-using Parameters = c10::List<std::optional<at::Tensor>>;
-
-// Of each layer: weight, bias, gate_weight, gate_bias, shift_weight.
-constexpr int kPerLayer = 5;
-
-// Where the divergence comes from; in the order of DIVERGENCES in pycnf/flows/fused.py.
-enum class Divergence : int { kNone, kProbes, kUnitVectors, kClosedForm };
-
-// The arguments that all ops of the fused engine share; schema.cpp says what they mean.
-struct MlpArguments {
-  const std::optional<at::Tensor>& probe;
-  const std::optional<at::Tensor>& context;
-  const Parameters& parameters;
-  std::string_view method;
-  at::IntArrayRef kind;
-  at::ArrayRef<double> weights;
-  int64_t drawn = 0;  // K, where probes are drawn tile by tile and no tensor holds them
-};
-
-inline const Tableau& find_tableau(std::string_view method) {
-  for (const Tableau* tableau : kTableaux) {
-    if (method == tableau->name) return *tableau;
-  }
-  TORCH_CHECK_VALUE(false, "method: got ", method, ", expected the name of a method");
-}
-
-template <typename T>
-const T* values(const at::Tensor& x) {
-  return x.const_data_ptr<T>();
-}
-
-template <typename T>
-T* mutable_values(const at::Tensor& x) {
-  return x.mutable_data_ptr<T>();
-}
 
 template <typename T>
 constexpr int64_t kAlign = 64 / int64_t(sizeof(T));
@@ -93,16 +55,11 @@ class MlpSetup {
         batch(x.size(0)),
         table(cpu_mlp_kernels<T>()),
         steps(own_times ? table.own : table.shared) {
-    TORCH_CHECK(x.dim() == 2 && batch > 0, "x must be [B, D] with at least one row, got ",
-                x.sizes());
-    TORCH_CHECK(arguments.kind.size() == 5 && arguments.weights.size() == 3,
-                "kind must be 5 numbers and weights 3, got ", arguments.kind.size(), " and ",
-                arguments.weights.size());
-    const auto& kind = arguments.kind;
-    solve.tableau = &find_tableau(arguments.method);
     solve.own_times = own_times;
-    read_layers(arguments.parameters, kind[0], kind[1], x.size(1));
-    read_divergence(arguments);
+    read_solve(arguments, x, solve, weights, [&](const auto& parameter, int64_t count) {
+      return rows_of_outputs(parameter, count);
+    });
+    probe = read_probe(arguments);
     // Products work on two columns at a time, and tiles of fewer than 16 samples waste weights.
     const int64_t most = batch <= table.lanes ? 1 : 2;
     solve.vectors =
@@ -117,7 +74,7 @@ class MlpSetup {
     rows = state_rows(solve);
     extras = extra_rows(solve);
     chunks = std::min<int64_t>(at::get_num_threads(), tiles);
-    read_context(arguments.context);
+    context = read_context(arguments, x, solve);
     if (solving && !own_times) {
       if (solve.tangents > 0 && !solve.closed_form) tile_probes(probe);
       if (context.defined()) {
@@ -319,120 +276,16 @@ class MlpSetup {
     table.mix(solve, ones.data(), constant_mix, constant_mix + mixed, aligned(scratch.data()));
   }
 
-  void read_layers(const Parameters& parameters, int64_t activation, int64_t fourier,
-                   int64_t features) {
-    auto& field = solve.field;
-    const int64_t layers = int64_t(parameters.size()) / kPerLayer;
-    TORCH_CHECK(
-        layers >= 1 && layers <= kMaxLayers && layers * kPerLayer == int64_t(parameters.size()),
-        "parameters must be ", kPerLayer, " for each of 1 to ", kMaxLayers, " layers, got ",
-        parameters.size());
-    TORCH_CHECK(activation >= 0 && activation < kActivations, "activation must be one of ",
-                kActivations, ", got ", activation);
-    field.layers = int(layers);
-    field.activation = Activation(activation);
-    field.features = features;
-    field.fourier = fourier > 0;
-    field.time_features = fourier > 0 ? fourier : 1;
-    int64_t in = features;
-    for (int64_t l = 0; l < layers; ++l) {
-      auto& layer = field.layer[l];
-      const std::optional<at::Tensor> given = parameters.get(l * kPerLayer);
-      TORCH_CHECK(given.has_value() && given->dim() == 2 && given->size(1) == in &&
-                      given->scalar_type() == dtype(),
-                  "layer ", l, ": weight must be [out, ", in, "] of ", dtype());
-      // Rows may be apart; other views are copied.
-      const at::Tensor weight = given->stride(1) == 1 ? *given : given->contiguous();
-      weights.push_back(weight);
-      layer.in = in;
-      layer.out = weight.size(0);
-      layer.weight = values<T>(weight);
-      layer.weight_stride = weight.stride(0);
-      const auto rows = [&](int64_t i, const char* name, int64_t count) {
-        return rows_of_outputs(parameters.get(l * kPerLayer + i), name, l, layer.out, count);
-      };
-      layer.bias = rows(1, "bias", 1);
-      layer.gate_weight = rows(2, "gate_weight", field.time_features);
-      layer.gate_bias = rows(3, "gate_bias", 1);
-      TORCH_CHECK(layer.gate_weight != nullptr || layer.gate_bias == nullptr, "layer ", l,
-                  ": gate_bias must come with a gate_weight");
-      layer.shift_weight = rows(4, "shift_weight", field.time_features);
-      in = layer.out;
-    }
-    TORCH_CHECK(in == features, "the last layer must have ", features, " outputs, got ", in);
-  }
-
   // A parameter [out, count], or [out], as padded rows [count, out].
-  const T* rows_of_outputs(const std::optional<at::Tensor>& x, const char* name, int64_t layer,
-                           int64_t out, int64_t count) {
-    if (!x.has_value()) return nullptr;
-    TORCH_CHECK(x->dim() > 0 && x->size(0) == out && x->numel() == out * count &&
-                    x->scalar_type() == dtype(),
-                "layer ", layer, ": ", name, " must be [", out, ", ", count, "] of ", dtype());
-    const int64_t width = padded(out), row = x->stride(0);
-    const int64_t column = x->dim() > 1 ? x->stride(1) : 1;
+  const T* rows_of_outputs(const at::Tensor& x, int64_t count) {
+    const int64_t out = x.size(0), width = padded(out), row = x.stride(0);
+    const int64_t column = x.dim() > 1 ? x.stride(1) : 1;
     T* const rows = aligned(padded_rows.emplace_back(count * width + kAlign<T>).data());
-    const T* from = values<T>(*x);
+    const T* from = values<T>(x);
     for (int64_t f = 0; f < count; ++f) {
       for (int64_t o = 0; o < out; ++o) rows[f * width + o] = from[o * row + f * column];
     }
     return rows;
-  }
-
-  void read_divergence(const MlpArguments& arguments) {
-    const auto& kind = arguments.kind;
-    const auto& field = solve.field;
-    const int64_t features = field.features;
-    solve.sign = T(arguments.weights[0]);
-    solve.probe_weight = T(1);
-    switch (Divergence(kind[2])) {
-      case Divergence::kNone:
-        break;
-      case Divergence::kProbes:
-        if (arguments.drawn > 0) {
-          solve.tangents = arguments.drawn;
-          solve.probe_weight = T(1) / T(solve.tangents);
-          break;
-        }
-        TORCH_CHECK(arguments.probe.has_value() && arguments.probe->dim() == 3 &&
-                        arguments.probe->size(0) > 0 && arguments.probe->size(1) == batch &&
-                        arguments.probe->size(2) == features &&
-                        arguments.probe->scalar_type() == dtype(),
-                    "probe must be [K, ", batch, ", ", features, "] of ", dtype());
-        probe = arguments.probe->contiguous();
-        solve.tangents = probe.size(0);
-        solve.probe_weight = T(1) / T(solve.tangents);
-        break;
-      case Divergence::kUnitVectors:
-        solve.tangents = features;
-        break;
-      case Divergence::kClosedForm:
-        TORCH_CHECK(field.layers == 2 || field.layers == 3,
-                    "the closed form is for one or two hidden layers, got ", field.layers - 1);
-        TORCH_CHECK(!solve.own_times || field.layer[field.layers - 1].gate_weight == nullptr,
-                    "the closed form needs a last layer without a gate where samples have times "
-                    "of their own");
-        TORCH_CHECK(kind[4] == 0, "the closed form has no Jacobian norm");
-        solve.closed_form = true;
-        solve.tangents = 1;
-        break;
-      default:
-        TORCH_CHECK(false, "kind: got divergence ", kind[2], ", expected 0 to 3");
-    }
-    solve.kinetic = kind[3] != 0;
-    solve.jacobian = kind[4] != 0;
-    solve.kinetic_weight = T(arguments.weights[1]);
-    solve.jacobian_weight = T(arguments.weights[2]);
-  }
-
-  void read_context(const std::optional<at::Tensor>& given) {
-    if (!given.has_value()) return;
-    const int64_t width = solve.field.layer[0].out;
-    TORCH_CHECK(given->dim() == 2 && given->size(0) == batch && given->size(1) == width &&
-                    given->scalar_type() == dtype(),
-                "context must be [", batch, ", ", width, "] of ", dtype(), ", got ", given->sizes(),
-                " of ", given->scalar_type());
-    context = given->contiguous();
   }
 
   // τ at a time and, if wanted, τ' there; features are `stride` apart.

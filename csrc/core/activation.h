@@ -1,7 +1,5 @@
-// Activations φ with φ' and φ''. To be included within the namespace of an instruction set only.
-
-PYCNF_HD float normal_share(float x) { return 0.5f * (1 + __builtin_erff(x)); }
-PYCNF_HD double normal_share(double x) { return 0.5 * (1 + __builtin_erf(x)); }
+// Activations φ with φ' and φ''. To be included within a namespace that has Vec<T> and the functions
+// on it: that of an instruction set with cpu/simd.h, or the GPU's with cuda/scalar.cuh.
 
 // φ(h), with φ'(h) in `slope`.
 template <Activation kind, typename T>
