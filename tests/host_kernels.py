@@ -98,6 +98,8 @@ SIGNATURES = {
     "check_order": [Pointer, Pointer],
     "check_exchanges": [Pointer],
     "check_grid": [ctypes.c_int, ctypes.c_int, Pointer, Pointer, Pointer],
+    "check_tiles": [*[ctypes.c_int] * 3, Int64, *[Pointer] * 5],
+    "check_attribute": [ctypes.c_int, ctypes.c_int, Pointer],
     "check_launch": [Int64, ctypes.c_int, ctypes.c_size_t],
 }  # fmt: skip
 
@@ -173,6 +175,10 @@ class HostKernels:
     def seed(self, seed):
         """Draws the order of threads and blocks from this seed, from now on."""
         self._library.cuda_host_seed(seed)
+
+    def multiprocessors(self, count):
+        """How many the device has, from now on."""
+        self._library.cuda_host_multiprocessors(count)
 
     def call(self, name, *arguments):
         code = getattr(self._library, name)(*arguments)
