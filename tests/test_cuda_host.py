@@ -9,7 +9,8 @@ import math
 
 import pytest
 import torch
-from host_kernels import ROOT, HostKernels, build, find_compiler
+from host_build import build_kernels
+from host_kernels import HostKernels
 from kernel_cases import (
     ADAPTIVE,
     DTYPES,
@@ -31,19 +32,14 @@ from kernel_cases import (
 import pycnf
 from pycnf import reference
 
-if not (ROOT / "csrc").is_dir():
-    pytest.skip("needs pycnf's sources", allow_module_level=True)
-if find_compiler() is None:
-    pytest.skip("needs g++", allow_module_level=True)
-
 SIZES = pytest.mark.parametrize("size", [0, 1, 3, 31, 255, 257, 1000, 1024, 1025, 5000])
 FLIPS = pytest.mark.parametrize("flip", [False, True])
 SEEDS = range(5)
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    return HostKernels(build(tmp_path_factory.mktemp("cuda_host")))
+def kernels(cuda_host_folder):
+    return HostKernels(build_kernels(cuda_host_folder))
 
 
 @pytest.fixture

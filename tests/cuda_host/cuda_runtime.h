@@ -18,7 +18,8 @@
 //
 // To add a kernel: its .cu file in csrc/cuda is compiled as it is. Export a function that calls its
 // launcher in entry.cpp, declare and wrap it in tests/host_kernels.py, and compare it, for several
-// seeds, with the CPU's op or pycnf.reference in tests/test_cuda_host.py. What the kernel needs of
+// seeds, with the CPU's op or pycnf.reference in tests/test_cuda_host.py. Its op in csrc/torch runs
+// on a host too, see tests/host_ops.py; then no function of C is needed. What the kernel needs of
 // CUDA and this header lacks goes here, a few lines each. Grids, blocks and warps have one
 // dimension. Static __shared__ arrays have no meaning here: csrc/cuda/device.cuh has the one way to
 // shared memory. cooperative_groups.h beside this file has the grid's barrier.
