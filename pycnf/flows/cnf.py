@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycnf._ops import probe_keys, probe_sample
+from pycnf._ops import has_kernels, probe_keys, probe_sample
 from pycnf.nn.divergence import VectorField
 from pycnf.nn.fusion import why_not_fused
 from pycnf.nn.mlp import MLP
@@ -23,7 +23,7 @@ from .captured import Recordings, is_own
 from .control import AdaptiveControl, FixedControl
 from .distributions import StandardNormal
 from .dynamics import REGULARIZERS, check_time_per_sample
-from .fused import solve_fused
+from .fused import GPUS, fits_gpu, solve_fused
 from .problem import Problem
 from .solve import solve
 from .stats import SolveStats
@@ -68,9 +68,10 @@ class CNF(nn.Module):
         max_num_steps: Largest number of attempted steps of an adaptive method.
         gradient: "discrete", "continuous", "seminorm" or "autograd".
         steps: "shared" by the batch or "per-sample"; then "continuous" means "seminorm".
-        engine: "fused" runs an `MLP` (`pycnf.nn.fuse` makes one of other modules) on the CPU in f32
-            and f64, a whole solve in one call into compiled code; "generic" runs any field; "auto"
-            takes the fused one where it can. `explain()` says which it is and why.
+        engine: "fused" runs an `MLP` (`pycnf.nn.fuse` makes one of other modules) in f32 and f64, on
+            the CPU a whole solve in one call into compiled code, on a GPU, where the network fits
+            into the shared memory of a multiprocessor, in one launch; "generic" runs any field;
+            "auto" takes the fused one where it can. `explain()` says which it is and why.
         base: Distribution with `log_prob` [B, D] -> [B] and `sample`; None for N(0, I).
         regularizers: Weights of "kinetic", ∫‖f‖² dt, and "jacobian", ∫‖∂f/∂z‖_F² dt (RNODE, Finlay
             et al. 2020), left in `stats.regularizers` by each solve with a logdet. They are
@@ -98,6 +99,8 @@ class CNF(nn.Module):
 
     # What was checked, and the control made of it; see `_control`.
     _checked: tuple[tuple, AdaptiveControl | FixedControl] | None = None
+    # A field and divergence, and whether they fit into a GPU; see `_why_not_one_launch`.
+    _fitting: tuple[tuple, bool] | None = None
 
     def __init__(
         self,
@@ -300,9 +303,10 @@ class CNF(nn.Module):
         self._control()
         self._times()
         if self._takes_fused():
+            place = "the CPU" if self.field.like.device.type == "cpu" else "a GPU"
             return (
                 "The fused engine (a whole solve in one call into compiled code): the field is an "
-                f"MLP that it knows, on the CPU in {self.field.dtype}."
+                f"MLP that it knows, on {place} in {self.field.dtype}."
             )
         why = "engine='generic' was asked for"
         if self.engine != "generic":
@@ -429,11 +433,33 @@ class CNF(nn.Module):
                 "the fused engine does not compute while it solves; 'seminorm' has not"
             )
         like = field.like
-        if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
+        gpu = like.device.type in GPUS
+        served = has_kernels(like.dtype, like.device) and like.device.type in ("cpu", *GPUS)
+        if not served or like.dtype not in (torch.float32, torch.float64):
             return (
-                "it runs float32 and float64 on the CPU, and the field is "
-                f"{like.dtype} on {like.device}"
+                "it runs float32 and float64 on the CPU and on GPUs that pycnf was built for, and "
+                f"the field is {like.dtype} on {like.device}"
             )
+        return self._why_not_one_launch() if gpu else None
+
+    def _why_not_one_launch(self) -> str | None:
+        """What keeps a GPU from solving with the fused engine, or None."""
+        if self.steps == "per-sample" and TABLEAUX[self.method].adaptive:
+            return "on a GPU it takes steps that the batch shares"
+        if self.gradient != "discrete":
+            return "on a GPU it has the discrete gradient alone"
+        if any(getattr(time, "requires_grad", False) for time in (self.t0, self.t1)):
+            return "on a GPU it has no gradients of t0 and t1"
+        field = self.field
+        probes = self.probes if self.divergence == "hutchinson" else False
+        parts = [layer.parts() for layer in field.layers]
+        shapes = [(p.weight.shape, p.gate_weight is not None) for p in parts]
+        key = (field.like.device, field.like.dtype, shapes, field.time, probes)
+        key = (*key, tuple(self.regularizers))
+        if self._fitting is None or self._fitting[0] != key:
+            self._fitting = (key, fits_gpu(field, probes, tuple(self.regularizers)))
+        if not self._fitting[1]:
+            return "the network does not fit into the shared memory of a GPU's multiprocessor"
         return None
 
     def _make_control(self) -> AdaptiveControl | FixedControl:
