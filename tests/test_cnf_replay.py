@@ -305,7 +305,7 @@ def test_obstacles_are_named_once(case):
 
 def test_obstacles_of_the_state(monkeypatch):
     device = flows(mlp(scale=1.0).to(torch.bfloat16), rtol=0.1, atol=0.1)[1]
-    with pytest.warns(UserWarning, match="there are no kernels for torch.bfloat16"):
+    with pytest.warns(UserWarning, match="the state is torch.bfloat16; recorded solves are of"):
         device(points().bfloat16(), seed=1)
     monkeypatch.setattr(captured, "_DEVICES", ("cuda",))
     with pytest.warns(UserWarning, match="the state is on cpu, not on a GPU"):

@@ -311,7 +311,7 @@ def test_obstacles_are_named(case):
 
 def test_obstacles_of_the_state(monkeypatch):
     t, options = torch.tensor([0.0, 1.0], dtype=F64), {"cuda_graph": True}
-    with pytest.warns(UserWarning, match="no kernels for torch.complex128"):
+    with pytest.warns(UserWarning, match="the state is torch.complex128; recorded solves are of"):
         solve(Tape(), torch.ones(2, dtype=torch.complex128), t, True)
     with pytest.warns(UserWarning, match="gradients flow through the solver's operations"):
         pycnf.odeint(Swing(), state(), t, options=options)

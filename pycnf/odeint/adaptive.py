@@ -192,13 +192,13 @@ class AdaptiveSolver:
 
     def integrate(self) -> Tensor:
         """States at the output times, [T, *y0.shape]."""
+        times = self.problem.s.to(self.dtype)
+        values = [self.round(time) for time in self.problem.times]
+        check_finite_times(values[0], values[-1])
         if self.cuda_graph:
             self.cuda_graph = False
             if (solution := replayed(self)) is not None:
                 return solution
-        times = self.problem.s.to(self.dtype)
-        values = [self.round(time) for time in self.problem.times]
-        check_finite_times(values[0], values[-1])
         y0 = self.problem.y0
         solution = torch.empty((len(values), *y0.shape), dtype=y0.dtype, device=y0.device)
         graph = y0.requires_grad and torch.is_grad_enabled()
@@ -248,9 +248,7 @@ class AdaptiveSolver:
         grad = torch.is_grad_enabled()
         plain = y0.dim() > 0 and all(part.dtype == y0.dtype for part in fresh)
         if self.first_step is not None:
-            first = numbers("first_step", self.first_step, self.dtype)
-            if first.numel() != 1:
-                raise ValueError(f"first_step must be one number, got {tuple(first.shape)}")
+            first = self.given_first_step()
         elif grad or not plain or not self.own_norm:
             first = self._initial_step_by_tensors(problem.joined(fresh))
         else:
@@ -260,6 +258,13 @@ class AdaptiveSolver:
         self.ds_graph = first if grad and first.requires_grad else None
         self.finite = bool(torch.isfinite(y0).all())
         self.sort_stops()
+
+    def given_first_step(self) -> Tensor:
+        """The option first_step as a tensor of one number, with its graph."""
+        first = numbers("first_step", self.first_step, self.dtype)
+        if first.numel() != 1:
+            raise ValueError(f"first_step must be one number, got {tuple(first.shape)}")
+        return first
 
     def sort_stops(self) -> None:
         """Grid points and discontinuities after the start, ascending, and the next of each."""
