@@ -214,6 +214,175 @@ def test_a_context_among_the_adjoint_parameters():
         gradients(field, state(seed), leaves=(field.shift,), **keywords)
 
 
+@pytest.mark.parametrize(
+    "tolerance", [(1e-4, 1e-5), torch.tensor(1e-4), (torch.tensor(1e-4), 1e-6)]
+)
+def test_tolerances_of_parts_are_copied(count, tolerance):
+    """They are made anew for every solve, at other places in memory."""
+    field = Coupled()
+    for scale in (1.0, 1.0, 1.0, 0.1):
+        tolerances = tuple(scale * each for each in as_tuple(tolerance))
+        both(
+            field, (state(), state()[0]), rtol=tolerances if len(tolerances) > 1 else tolerances[0]
+        )
+    assert len(recording._kept[field]) == (1 if isinstance(tolerance, tuple) else 2)
+    assert count["replayed"]
+
+
+def test_inference_mode_leaves_usable_recordings(count):
+    field = Field()
+    for method in METHODS.values():
+        for seed in range(3):
+            with torch.inference_mode():
+                both(field, state(seed), UP.clone(), **method)
+            both(field, state(seed), **method)
+            gradients(field, state(seed), **method)
+    assert count["replayed"]
+
+
+class Named(Field):
+    """Attributes that adjoint fields have too."""
+
+    def __init__(self):
+        super().__init__()
+        self.owner, self.stats, self.settings, self.solve = "me", {}, [], None
+        self.params = nn.ParameterDict({"extra": torch.ones(3, dtype=F64)})
+
+    def recorded(self):
+        raise AssertionError
+
+
+def test_names_of_the_users_own(count):
+    field = Named()
+    for seed in range(3):
+        both(field, state(seed))
+        gradients(field, state(seed))
+    assert count["replayed"]
+
+
+# ---- what is not recorded ------------------------------------------------------------------------
+
+
+class Shifted(nn.Module):
+    """No parameters, but a tensor that has to be trained."""
+
+    def __init__(self, closure=False):
+        super().__init__()
+        shift = torch.ones(3, dtype=F64, requires_grad=True)
+        self.read = (lambda: shift) if closure else None
+        self.shift = None if closure else shift
+
+    def forward(self, t, y):
+        return torch.tanh(y + (self.shift if self.read is None else self.read()))
+
+
+def refused(text):
+    return pytest.warns(UserWarning, match=f"^cuda_graph: {text}.*; solved without$")
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_to_tensors_that_are_no_parameters(method, closure):
+    field = Shifted(closure)
+    leaf = field.read() if closure else field.shift
+    both(field, state(), **METHODS[method])  # recorded, for here no gradient is wanted
+    options = {**METHODS[method].get("options", {}), **GRAPH}
+    keywords = {**METHODS[method], "options": options}
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ys = pycnf.odeint(field, state(), UP, **keywords)
+        assert len(caught) <= 1
+        (gradient,) = torch.autograd.grad(ys.sum(), leaf)
+        assert gradient.abs().sum() > 0
+    field = Shifted(closure)
+    with refused("Shifted cannot be captured .gradients flow to tensors that are none of"):
+        pycnf.odeint(field, state(), UP, **keywords)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_flow_without_parameters_keeps_its_gradient(closure):
+    field = Shifted(closure)
+    leaf = field.read() if closure else field.shift
+    flow = CNF(field, cuda_graph=True, engine="generic")
+    with torch.no_grad():
+        flow.log_prob(state(), seed=1)
+    with refused("Shifted cannot be captured .it computes with tensors that are none of"):
+        density = flow.log_prob(state(), seed=1)
+    (gradient,) = torch.autograd.grad(density.sum(), leaf)
+    assert gradient.abs().sum() > 0
+
+
+def test_hooks():
+    field, calls = Field(), []
+    both(field, state())
+    field.act.register_forward_hook(lambda *_: calls.append(1))
+    with refused("there are hooks on Tanh, which a replay would not call"):
+        both(field, state())
+    assert len(calls) == 2 * pycnf.last_stats().evaluations
+    with refused("there are hooks on Tanh"):
+        gradients(field, state())
+
+
+class Other(Field):
+    def __init__(self, dtype):
+        super().__init__(F32)
+        self.dtype = dtype
+
+    def forward(self, t, y):
+        return super().forward(t, y).to(self.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_field_that_returns_another_dtype(count, dtype):
+    """The first step's size would be rounded otherwise."""
+    field = Other(dtype)
+    with refused(f"Other cannot be captured .it returns {dtype} for a state of torch.float32"):
+        both(field, state(dtype=F32), UP.float())
+    for seed in range(3):
+        both(field, state(seed, dtype=F32), UP.float(), options={"first_step": 0.1})
+        both(field, state(seed, dtype=F32), UP.float(), **METHODS["rk4"])
+    assert count["replayed"]
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_what_is_checked_before_anything_is_recorded(graph):
+    options = {"cuda_graph": graph}
+    for end in (float("inf"), -float("inf")):
+        with pytest.raises(ValueError, match="t must be finite"):
+            pycnf.odeint(Field(), state(), torch.tensor([0.0, end]), options=options)
+    for first, error in ((torch.ones(2), ValueError), ("a", TypeError)):
+        with torch.no_grad(), pytest.raises(error, match="first_step must be"):
+            pycnf.odeint(Field(), state(), UP, options={"first_step": first, **options})
+
+
+def test_the_gradient_of_a_gradient():
+    field, y0 = Field(), state().requires_grad_()
+    found = []
+    for options in ({}, GRAPH):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ys = pycnf.odeint_adjoint(field, y0, UP, options=options, **LOOSE)
+            (first,) = torch.autograd.grad(ys.square().sum(), y0, create_graph=True)
+            found.append(torch.autograd.grad(first.square().sum(), (y0, *field.parameters())))
+        messages = {str(warning.message) for warning in caught}
+        text = "cuda_graph: the gradient of a gradient is solved with the host; solved without"
+        assert messages == ({text} if options else set())
+    assert_equal(*found)
+
+
+def test_numbers_on_the_host_are_read_by_value():
+    """What a GPU's recording reads of the host is part of it."""
+    field = Field()
+    field.register_buffer("factor", torch.tensor(2.0))
+    for device, same in (("cuda", False), ("cpu", True)):
+        keys = []
+        for value in (2.0, 3.0):
+            field.factor.fill_(value)
+            keys.append(recording._place(field.factor, torch.device(device)))
+        assert (keys[0] == keys[1]) is same
+
+
 # ---- flows ---------------------------------------------------------------------------------------
 
 
