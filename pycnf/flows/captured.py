@@ -29,11 +29,13 @@ from pycnf._ops import kernels, time_tensors
 from pycnf.nn.divergence import has_forward_mode
 from pycnf.nn.layers import LAYERS
 from pycnf.odeint.recording import (
+    RECORDED_DTYPES,
     Attempts,
     NotCaptured,
     Recorded,
     adaptive_obstacle,
     field_obstacle,
+    hooked,
     module_key,
     new_counters,
     python_state,
@@ -173,6 +175,16 @@ def wanted_parameters(problem: Problem, x: Tensor, context: Tensor | None) -> li
 def is_own(field: Any) -> bool:
     """Whether a field is pycnf's own, so that it is known that it can be captured."""
     return has_forward_mode(field) and all(type(each) in LAYERS.values() for each in field.layers)
+
+
+def is_recordable(field: Any, gradient: str) -> bool:
+    """Whether a flow's solves could be replayed on a GPU, as far as its field and gradient go."""
+    if not isinstance(field, nn.Module) or hooked(field) is not None:
+        return False
+    if gradient != "discrete" and torch.is_grad_enabled():
+        return False
+    floating = (p.dtype for p in field.parameters() if p.is_floating_point())
+    return next(floating, torch.float32) in RECORDED_DTYPES
 
 
 def obstacle(problem: Problem, x: Tensor, taped: bool, ends: bool) -> str | None:

@@ -23,9 +23,11 @@ from pycnf.odeint import rounding
 from pycnf.odeint.arguments import (
     check_finite_times,
     check_function,
+    choice,
     count,
     number,
     numbers,
+    warn_not_recorded,
     warn_unused,
 )
 from pycnf.odeint.problem import Problem
@@ -33,7 +35,6 @@ from pycnf.odeint.replay import replayed
 from pycnf.odeint.step_times import StepTimes
 from pycnf.odeint.stepper import Rows, differentiable_quartic, differentiable_step
 from pycnf.odeint.tableau import Tableau
-from pycnf.warn import warn
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class AdaptiveSolver:
         min_step: float = 0.0,
         max_step: float = math.inf,
         max_num_steps: int = 2**31 - 1,
-        cuda_graph: bool = False,
+        cuda_graph: bool | None = None,
         **unused: Any,
     ) -> None:
         warn_unused(name, unused)
@@ -160,7 +161,7 @@ class AdaptiveSolver:
             *(self.round(number(*limit)) for limit in limits.items()),
             count("max_num_steps", max_num_steps),
         )
-        self.first_step, self.cuda_graph = first_step, bool(cuda_graph)
+        self.first_step, self.cuda_graph = first_step, choice("cuda_graph", cuda_graph)
         self.given_stops = {"step_t": step_t, "jump_t": jump_t}
         self.stops: dict[str, list[float]] = {}
         self.stop_graphs: dict[str, Sequence[Tensor]] = {}
@@ -237,8 +238,7 @@ class AdaptiveSolver:
                 'captured by torch.cuda.graph; options={"cuda_graph": True} records its attempts, '
                 "and methods on a fixed grid can be captured whole"
             )
-        if self.cuda_graph:
-            warn("cuda_graph: events and dense output look at every step; solved without")
+        warn_not_recorded(self.cuda_graph, "events and dense output look at every step")
         problem = self.problem
         y0 = problem.y0
         self.s = self.round(problem.times[0])

@@ -29,6 +29,8 @@ from pycnf.warn import warn
 # Recorded solves of one field that are kept.
 _KEPT = 32
 _DEVICES = ("cuda",)
+# Of states whose attempts can be recorded.
+RECORDED_DTYPES = (torch.float32, torch.float64)
 # Replays under way: one runs while the next waits, so the device never does.
 AHEAD = 2
 # Seconds without news after which it is looked at whether the device is still at work.
@@ -185,12 +187,8 @@ def field_obstacle(field: Any, name: str, y: Tensor) -> str | None:
             f"{name} is a {type(field).__name__}, no nn.Module, so a change of its parameters' "
             "storage would go unseen"
         )
-    for module in field.modules():
-        if (
-            module._forward_hooks or module._forward_pre_hooks
-            or module._backward_hooks or module._backward_pre_hooks
-        ):  # fmt: skip
-            return f"there are hooks on {type(module).__name__}, which a replay would not call"
+    if (module := hooked(field)) is not None:
+        return f"there are hooks on {type(module).__name__}, which a replay would not call"
     if y.is_cuda and y.device.index != torch.cuda.current_device():
         return f"the state is on {y.device}, which is not the current device"
     if y.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -198,9 +196,20 @@ def field_obstacle(field: Any, name: str, y: Tensor) -> str | None:
     return None
 
 
+def hooked(field: nn.Module) -> nn.Module | None:
+    """A module within this one that has hooks."""
+    for module in field.modules():
+        if (
+            module._forward_hooks or module._forward_pre_hooks
+            or module._backward_hooks or module._backward_pre_hooks
+        ):  # fmt: skip
+            return module
+    return None
+
+
 def adaptive_obstacle(y: Tensor) -> str | None:
     """Why no adaptive solve of such states can be recorded, None if one can."""
-    if y.dtype not in (torch.float32, torch.float64):
+    if y.dtype not in RECORDED_DTYPES:
         return f"the state is {y.dtype}; recorded solves are of float32 and float64 states"
     if not has_kernels(y.dtype, y.device):
         return f"pycnf was built without kernels for {y.device.type}"
