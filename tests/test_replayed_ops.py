@@ -345,6 +345,20 @@ def test_a_field_that_returns_another_dtype(count, dtype):
     assert count["replayed"]
 
 
+def test_states_without_dimensions(count):
+    """Here too, but for float64."""
+    for dtype, t in ((F64, UP), (F32, UP.float())):
+        field, y0 = Field(dtype, features=1), torch.ones((), dtype=dtype)
+        field.forward = lambda t, y, field=field: (field.inner.weight * y).sum() * torch.cos(3 * t)
+        if dtype == F32:
+            with refused("the first step of a 0-dim torch.float32 is chosen with the host"):
+                both(field, y0, t)
+        options = {} if dtype == F64 else {"first_step": 0.1}
+        for scale in range(1, 4):
+            both(field, scale * y0, t, options=options)
+    assert count["replayed"]
+
+
 @pytest.mark.parametrize("graph", [False, True])
 def test_what_is_checked_before_anything_is_recorded(graph):
     options = {"cuda_graph": graph}

@@ -58,8 +58,14 @@ def replayed(solver: AdaptiveSolver) -> Tensor | None:
 
 def _obstacle(solver: AdaptiveSolver) -> str | None:
     """What of a solver's cannot be done without the host."""
-    if (reason := adaptive_obstacle(solver.problem.y0)) is not None:
+    y0 = solver.problem.y0
+    if (reason := adaptive_obstacle(y0)) is not None:
         return reason
+    if y0.dim() == 0 and y0.dtype != torch.float64 and solver.first_step is None:
+        return (
+            f"the first step of a 0-dim {y0.dtype} is chosen with the host; the option first_step "
+            "gives one"
+        )
     if not solver.one_loop:
         return 'gradient="joined" stops where a cotangent comes in'
     if solver.tape is not None:
