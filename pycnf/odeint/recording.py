@@ -12,6 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +38,7 @@ AHEAD = 2
 _PATIENCE = 0.5
 _MISSING: Any = object()
 # Values of attributes that can be compared.
-_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
+_PLAIN = frozenset((int, float, complex, str, bytes, Enum, torch.dtype, torch.device, type(None)))
 
 _kept: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, RecordedSolve | None]] = (
     weakref.WeakKeyDictionary()
@@ -264,10 +265,13 @@ def python_state(module: nn.Module, device: torch.device) -> dict[tuple[int, str
     for i, part in enumerate(module.modules()):
         found[i, ""] = type(part)
         for name, value in vars(part).items():
-            if isinstance(value, Tensor):
+            kind = type(value)
+            if kind is dict:
+                continue  # as most are, and `isinstance` with Tensor takes its time
+            if not _PLAIN.isdisjoint(kind.__mro__):
+                found[i, name] = (kind, value)
+            elif isinstance(value, Tensor):
                 found[i, name] = _place(value, device)
-            elif isinstance(value, _PLAIN):
-                found[i, name] = (type(value), value)
     return found
 
 
