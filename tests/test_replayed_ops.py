@@ -206,6 +206,26 @@ def test_counters_do_not_count(count):
     assert count["written"] == 4  # the start and an attempt, again once the counter is known
 
 
+def test_settings_of_torch():
+    """What choose other kernels, or dtypes, for the same field."""
+    field = Field(F32)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        both(field, state(dtype=F32), UP.float())
+        before = len(recording._kept[field])
+        torch.set_float32_matmul_precision("high")
+        both(field, state(dtype=F32), UP.float())
+        torch.use_deterministic_algorithms(True)
+        both(field, state(dtype=F32), UP.float())
+        torch.set_default_dtype(F64)
+        both(field, state(dtype=F32), UP.float())
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(False)
+        torch.set_default_dtype(F32)
+    assert len(recording._kept[field]) == before + 3
+
+
 def test_a_context_among_the_adjoint_parameters():
     field = Field()
     for seed in range(5):
