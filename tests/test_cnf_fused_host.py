@@ -27,7 +27,8 @@ def gpu(cuda_host_ops, monkeypatch):
 
         return call
 
-    for name in ("mlp_solve", "mlp_solve_backward"):
+    names = ("mlp_solve", "mlp_solve_backward", "mlp_samples", "mlp_samples_backward")
+    for name in names:
         monkeypatch.setattr(fused, name, launched(getattr(cuda_host_ops, name)))
     broken = cuda_host_ops.broken_guards()
     yield cuda_host_ops
@@ -134,3 +135,32 @@ def test_float32():
         seen.append([z, logdet, *torch.autograd.grad(logdet.sum(), list(field.parameters()))])
     for mine, other in zip(*seen, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [{"divergence": "exact"}, {"probes": 1}, {"probes": 3}])
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_per_sample(gpu, method, kind):
+    gpu.multiprocessors(2)
+    field = field_of(scale=3.0, layer="concat_v2" if method == "tsit5" else "concatsquash")
+    settings = {"method": method, "rtol": 1e-3, "atol": 1e-3, "steps": "per-sample", **kind}
+    keywords = {} if "divergence" in kind else {"seed": 3}
+    # The rounding of an estimate of the error moves sizes of steps.
+    assert_same(pair(field, **settings), points(37), rtol=1e-9, **keywords)
+
+
+@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize("time", ["t", ("fourier", 4)])
+@pytest.mark.parametrize("layer", ["ignore", "concat", "concat_v2", "squash", "concatsquash"])
+def test_steps_per_sample_of_all_layers(layer, time, context):
+    field = field_of(layer=layer, time=time, context=context, hidden=(9, 12))
+    settings = {"method": "bosh3", "rtol": 1e-2, "atol": 1e-2, "steps": "per-sample"}
+    given = points(6, context, seed=2) if context else None
+    weights = {"kinetic": 0.3, "jacobian": 0.2}
+    assert_same(pair(field, **settings), points(6), given, seed=3)
+    assert_same(pair(field, regularizers=weights, **settings), points(6), given, seed=3)
+
+
+def test_many_steps_per_sample_outgrow_the_tape():
+    flows = pair(field_of(), steps="per-sample", method="bosh3", rtol=1e-8, atol=1e-8)
+    counts = assert_same(flows, points(3), seed=3, rtol=1e-9)
+    assert counts[0] > 16

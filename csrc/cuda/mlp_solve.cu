@@ -229,6 +229,7 @@ class Solver {
       a.direction = p_.end > p_.start ? 1 : -1;
       a.size = p_.rule.control.first_step;
       control_.times[0] = T(p_.start);
+      control_.h[0] = T(0);
     }
     barrier();
     set_time(0);

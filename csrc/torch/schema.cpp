@@ -126,9 +126,11 @@ TORCH_LIBRARY(pycnf, m) {
       "int[] kind, float[] weights, float start, float end, float[] control, float[] grid, "
       "int keep_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])");
 
-  // Whether mlp_solve and its gradient can be had for such arguments; x may be a row of zeros. On a
-  // GPU the network has to fit into the shared memory of a multiprocessor.
-  m.def("mlp_solve_fits(Tensor x, Tensor? probe, Tensor?[] parameters, int[] kind) -> bool");
+  // Whether mlp_solve, or mlp_samples, and its gradient can be had for such arguments; x may be a row
+  // of zeros. On a GPU the network has to fit into the shared memory of a multiprocessor.
+  m.def(
+      "mlp_solve_fits(Tensor x, Tensor? probe, Tensor?[] parameters, int[] kind, bool own_times) "
+      "-> bool");
 
   // The exact gradient of the accepted steps, their sizes constant: of x, of the context (empty
   // without), of the parameters (empty where there is none) and, if wanted, of every step's t and h

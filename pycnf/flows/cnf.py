@@ -69,10 +69,10 @@ class CNF(nn.Module):
         max_num_steps: Largest number of attempted steps of an adaptive method.
         gradient: "discrete", "continuous", "seminorm" or "autograd".
         steps: "shared" by the batch or "per-sample"; then "continuous" means "seminorm".
-        engine: "fused" runs an `MLP` (`pycnf.nn.fuse` makes one of other modules) in f32 and f64: on
-            the CPU, a whole solve in one call into compiled code; on a GPU, in one launch where the
-            network fits into a multiprocessor's shared memory. "generic" runs any field; "auto"
-            takes the fused one where it can. `explain()` says which it is and why.
+        engine: "fused" runs an `MLP` (`pycnf.nn.fuse` makes one of other modules) in f32 and f64: a
+            whole solve in one call into compiled code on the CPU, and on a GPU, where the network
+            fits into a multiprocessor's shared memory, in one launch. "generic" runs any field;
+            "auto" takes the fused one where it can. `explain()` says which it is and why.
         base: Distribution with `log_prob` [B, D] -> [B] and `sample`; None for N(0, I).
         regularizers: Weights of "kinetic", ∫‖f‖² dt, and "jacobian", ∫‖∂f/∂z‖_F² dt (RNODE, Finlay
             et al. 2020), left in `stats.regularizers` by each solve with a logdet. They are
@@ -449,8 +449,6 @@ class CNF(nn.Module):
 
     def _why_not_one_launch(self) -> str | None:
         """What keeps a GPU from solving with the fused engine, or None."""
-        if self.steps == "per-sample" and TABLEAUX[self.method].adaptive:
-            return "on a GPU it takes steps that the batch shares"
         if self.gradient != "discrete":
             return "on a GPU it has the discrete gradient alone"
         if any(getattr(time, "requires_grad", False) for time in (self.t0, self.t1)):
@@ -460,9 +458,11 @@ class CNF(nn.Module):
         parts = [layer.parts() for layer in field.layers]
         shapes = [(p.weight.shape, p.gate_weight is not None) for p in parts]
         key = (field.like.device, field.like.dtype, shapes, field.time, probes)
-        key = (*key, tuple(self.regularizers))
+        own_times = self.steps == "per-sample" and TABLEAUX[self.method].adaptive
+        key = (*key, tuple(self.regularizers), own_times)
         if self._fitting is None or self._fitting[0] != key:
-            self._fitting = (key, fits_gpu(field, probes, tuple(self.regularizers)))
+            fits = fits_gpu(field, probes, tuple(self.regularizers), own_times)
+            self._fitting = (key, fits)
         if not self._fitting[1]:
             return "the network does not fit into the shared memory of a GPU's multiprocessor"
         return None
