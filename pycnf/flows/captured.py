@@ -239,7 +239,9 @@ def key_of(
         dataclasses.replace(control, first_step=1.0 if given else None),
         (problem.direction, problem.sign, problem.divergence),
         tuple(problem.regularizers.items()),
-        (taped, watched),
+        # Its leaves stand in for parameters, and not for others in the same memory.
+        taped and tuple(id(p) for p in field.parameters() if p.requires_grad),
+        watched,
     )
 
 

@@ -272,7 +272,7 @@ class _AdjointField(DerivedField):
         return field
 
     def check(self, t: Tensor, y: tuple[Tensor, ...]) -> None:
-        """Raises NotCaptured where gradients reach the parameters past their places in the module."""
+        """Raises NotCaptured where gradients reach the parameters past their places."""
         _, places = self._leaves()
         with torch.enable_grad(), places:
             fresh = [f for f in self.problem.call(self._time(t), y[1]) if f.requires_grad]
