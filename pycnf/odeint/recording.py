@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from enum import Enum
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from pycnf._build import _C
 from pycnf._ops import has_kernels
 from pycnf.odeint.autocast import autocast_of_now
+from pycnf.odeint.norms import flat_to_shapes
 from pycnf.odeint.problem import Problem
 from pycnf.odeint.rounding import real_dtype
 from pycnf.odeint.stats import SolveStats
@@ -78,6 +79,10 @@ class DerivedField(abc.ABC):
         """The same for a recorded solve, which outlives this one and counts for itself."""
 
     @abc.abstractmethod
+    def check(self, t: Tensor, y: Any) -> None:
+        """Raises NotCaptured where a recording of it would miss gradients."""
+
+    @abc.abstractmethod
     def __call__(self, t: Tensor, y: Any) -> Any: ...
 
 
@@ -115,14 +120,15 @@ def from_recording(
     kept = _kept.setdefault(owner, OrderedDict())
     state = python_state(owner, problem.y0.device)
     key = (*_key(problem, owner, state), *settings)
+    checked = torch.is_grad_enabled() or isinstance(problem.func, DerivedField)
     recorded = kept.get(key, _MISSING)
     if recorded is None or not (recorded is _MISSING or recorded.lock.acquire(blocking=False)):
         return None  # not to be captured, as was said, or at work for another thread
     try:
-        if recorded is _MISSING and torch.is_grad_enabled():
-            _check_gradients(problem)
         with _surroundings(problem):
             if recorded is _MISSING:
+                if checked:
+                    _check_gradients(problem)
                 recorded = record()
                 recorded.lock.acquire()
             # The newest last, whatever other threads have thrown out.
@@ -159,7 +165,7 @@ def _owner(problem: Problem) -> Any:
 
 def _obstacle(problem: Problem) -> str | None:
     """Why a problem cannot be solved by replays, None if it can."""
-    y0, owner = problem.y0, _owner(problem)
+    y0, func, owner = problem.y0, problem.func, _owner(problem)
     if y0.device.type not in _DEVICES:
         return f"the state is on {y0.device}, not on a GPU"
     if isinstance(owner, DerivedField):
@@ -170,6 +176,10 @@ def _obstacle(problem: Problem) -> str | None:
         x.requires_grad for x in (y0, problem.s, *owner.parameters())
     ):
         return "gradients flow through the solver's operations; odeint_adjoint's do not"
+    if isinstance(func, DerivedField):
+        placed = {id(x) for _, _, x in _places(owner, {id(p) for p in func.params})}
+        if any(id(p) not in placed for p in func.params):
+            return "a tensor of adjoint_params is no attribute of func or of a module within it"
     if problem.callbacks:
         return f"there are callbacks: {', '.join(problem.callbacks)}"
     if any(each.requires_grad for each in problem.options.values() if isinstance(each, Tensor)):
@@ -303,10 +313,37 @@ def _check_gradients(problem: Problem) -> None:
     """Raises NotCaptured where gradients flow to tensors that a field alone knows."""
     y0 = problem.y0.detach().clone()
     t = (problem.sign * problem.s[0].detach()).to(real_dtype(y0.dtype))
+    if isinstance(problem.func, DerivedField):
+        problem.func.recorded().check(t, flat_to_shapes(y0, problem.shapes[: problem.seen]))
+        return
     with torch.enable_grad():
         fresh = replace(problem, stats=SolveStats(problem.method)).call(t, y0)
     if any(part.requires_grad for part in fresh):
         raise NotCaptured("gradients flow to tensors that are none of its parameters")
+
+
+def _places(module: nn.Module, ids: Container[int]) -> list[tuple[dict, str, Tensor]]:
+    """Where a module tree holds these tensors: in which dictionary, by which name."""
+    return [
+        (held, name, x)
+        for part in module.modules()
+        for held in (part._parameters, part._buffers, vars(part))
+        for name, x in held.items()
+        if id(x) in ids
+    ]
+
+
+@contextlib.contextmanager
+def substituted(module: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
+    """Puts other tensors in the places of a module's own, by their ids."""
+    places = _places(module, tensors)
+    try:
+        for held, name, x in places:
+            held[name] = tensors[id(x)]
+        yield
+    finally:
+        for held, name, x in places:
+            held[name] = x
 
 
 class NotCaptured(Exception):
