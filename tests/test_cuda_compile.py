@@ -131,7 +131,7 @@ def syntax_check(source, tmp_path):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["ops_cuda", "while_graph"])
+@pytest.mark.parametrize("name", ["mlp_field_cuda", "ops_cuda", "while_graph"])
 def test_torch_sources_pass_a_syntax_check(name, tmp_path):
     result = syntax_check(ROOT / "csrc" / "torch" / f"{name}.cpp", tmp_path)
     assert result.returncode == 0, result.stderr
