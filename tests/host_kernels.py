@@ -3,18 +3,8 @@ under the names and arguments of `torch.ops.pycnf`.
 """
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).parents[1]
-SHIM = ROOT / "tests" / "cuda_host"
-# Rounded as on the GPU: -ffp-contract=off is nvcc's -fmad=false. Groups of elements are read and
-# written in ways that C++ leaves undefined and nvcc does not.
-FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"]
 
 Pointer, Int64, Double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
@@ -98,35 +88,10 @@ SIGNATURES = {
     "check_order": [Pointer, Pointer],
     "check_exchanges": [Pointer],
     "check_grid": [ctypes.c_int, ctypes.c_int, Pointer, Pointer, Pointer],
+    "check_tiles": [*[ctypes.c_int] * 3, Int64, *[Pointer] * 5],
+    "check_attribute": [ctypes.c_int, ctypes.c_int, Pointer],
     "check_launch": [Int64, ctypes.c_int, ctypes.c_size_t],
 }  # fmt: skip
-
-
-def find_compiler():
-    return shutil.which(os.environ.get("CXX", "g++"))
-
-
-def build(folder):
-    """Compiles kernels and shim to a shared library in a folder of theirs, and returns its path."""
-
-    def run(*command):
-        result = subprocess.run(
-            list(map(str, command)), cwd=folder, capture_output=True, text=True, check=False
-        )
-        if result.returncode != 0:
-            raise RuntimeError(f"the kernels do not compile for a host:\n{result.stderr}")
-
-    sources = [*(ROOT / "csrc" / "cuda").glob("*.cu"), *SHIM.glob("*.cu"), *SHIM.glob("*.cpp")]
-    # All of it is the runtime's: there are no graphs here.
-    sources.remove(ROOT / "csrc" / "cuda" / "while_graph.cu")
-    includes = [f"-I{SHIM}", f"-I{ROOT / 'csrc'}"]
-    # The shim has what a sanitizer calls, so its library is not linked.
-    checks = "-fsanitize=alignment"
-    # The kernels' ending is not C++'s, hence "-x".
-    run(find_compiler(), *FLAGS, checks, *includes, "-c", "-x", "c++", *sorted(sources))
-    library = Path(folder) / "kernels.so"
-    run(find_compiler(), "-shared", *sorted(Path(folder).glob("*.o")), "-o", library)
-    return library
 
 
 def doubles(values):
@@ -173,6 +138,10 @@ class HostKernels:
     def seed(self, seed):
         """Draws the order of threads and blocks from this seed, from now on."""
         self._library.cuda_host_seed(seed)
+
+    def multiprocessors(self, count):
+        """How many the device has, from now on."""
+        self._library.cuda_host_multiprocessors(count)
 
     def call(self, name, *arguments):
         code = getattr(self._library, name)(*arguments)

@@ -1,6 +1,7 @@
 """The CUDA sources compile, on machines without a GPU and, as far as g++ can tell, without nvcc.
 
-Nothing here runs a kernel; tests/test_cuda_host.py and, on a GPU, tests/test_cuda.py do.
+Nothing here runs them; tests/test_cuda_host.py, tests/test_cuda_ops_host.py and, on a GPU,
+tests/test_cuda.py do.
 """
 
 import os
@@ -19,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 STEPPING = [source for source in SOURCES if source.name.startswith("rk_")]
 TARGETS = ("80", "90")
+TORCH = ROOT / "csrc" / "torch"
+TORCH_SOURCES = [*sorted(TORCH.glob("*_cuda.cpp")), TORCH / "while_graph.cpp"]
 
 by_name = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 
@@ -131,9 +134,9 @@ def syntax_check(source, tmp_path):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["mlp_field_cuda", "ops_cuda", "while_graph"])
-def test_torch_sources_pass_a_syntax_check(name, tmp_path):
-    result = syntax_check(ROOT / "csrc" / "torch" / f"{name}.cpp", tmp_path)
+@pytest.mark.parametrize("source", TORCH_SOURCES, ids=lambda source: source.name)
+def test_torch_sources_pass_a_syntax_check(source, tmp_path):
+    result = syntax_check(source, tmp_path)
     assert result.returncode == 0, result.stderr
 
 

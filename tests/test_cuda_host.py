@@ -9,7 +9,8 @@ import math
 
 import pytest
 import torch
-from host_kernels import ROOT, HostKernels, build, find_compiler
+from host_build import build_kernels
+from host_kernels import HostKernels
 from kernel_cases import (
     ADAPTIVE,
     DTYPES,
@@ -31,24 +32,20 @@ from kernel_cases import (
 import pycnf
 from pycnf import reference
 
-if not (ROOT / "csrc").is_dir():
-    pytest.skip("needs pycnf's sources", allow_module_level=True)
-if find_compiler() is None:
-    pytest.skip("needs g++", allow_module_level=True)
-
 SIZES = pytest.mark.parametrize("size", [0, 1, 3, 31, 255, 257, 1000, 1024, 1025, 5000])
 FLIPS = pytest.mark.parametrize("flip", [False, True])
 SEEDS = range(5)
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    return HostKernels(build(tmp_path_factory.mktemp("cuda_host")))
+def kernels(cuda_host_folder):
+    return HostKernels(build_kernels(cuda_host_folder))
 
 
 @pytest.fixture
 def host(kernels):
     kernels.seed(1)
+    kernels.multiprocessors(4)
     kernels.tolerances_on_device, kernels.chunk = False, 0
     return kernels
 
@@ -840,6 +837,76 @@ def test_launches_that_a_gpu_refuses(host, blocks, threads, shared, code):
         host.call("check_launch", blocks, threads, shared)
     with pytest.raises(RuntimeError, match="CUDA error 720:"):
         run_grid(host, TOGETHER, blocks=1000)
+
+
+# cuda_runtime_api.h's numbers.
+SHARED, WARP, PROCESSORS, SHARED_OPTIN, COOPERATIVE = 8, 10, 16, 97, 95
+
+
+def attribute(host, number, device=0):
+    value = torch.zeros(1, dtype=torch.int32)
+    host.call("check_attribute", number, device, value.data_ptr())
+    return value.item()
+
+
+def test_attributes_of_the_device(host):
+    assert attribute(host, SHARED) == 48 << 10
+    assert attribute(host, SHARED_OPTIN) == 227 << 10
+    assert attribute(host, WARP) == 32
+    assert attribute(host, COOPERATIVE) == 1
+    assert attribute(host, PROCESSORS) == 4
+    host.multiprocessors(7)
+    assert attribute(host, PROCESSORS) == 7
+    with pytest.raises(RuntimeError, match="CUDA error 1:"):
+        attribute(host, 1000)
+    with pytest.raises(RuntimeError, match="CUDA error 101:"):
+        attribute(host, WARP, device=1)
+
+
+def run_tiles(host, tiles, width, threads=64, asks_for=None):
+    """What a cooperative launch of as many blocks as run together makes of tiles of numbers."""
+    asks_for = 8 * width if asks_for is None else asks_for
+    numbers = normal(tiles, width, dtype=F64)
+    sums, taken = torch.full((tiles,), NAN, dtype=F64), torch.full((tiles,), -1, dtype=torch.int32)
+    out, blocks = torch.full((1000,), NAN, dtype=F64), torch.zeros(1, dtype=torch.int32)
+    tensors = (numbers, sums, taken, out, blocks)
+    host.call("check_tiles", tiles, width, threads, asks_for, *(x.data_ptr() for x in tensors))
+    out, blocks = out[~out.isnan()], blocks.item()
+    torch.testing.assert_close(sums, numbers.sum(1))
+    torch.testing.assert_close(out, sums.sum().expand(blocks))
+    assert taken.tolist() == [tile % blocks for tile in range(tiles)]
+    return blocks
+
+
+@pytest.mark.parametrize(
+    ("width", "threads", "held"),
+    [
+        (29056, 64, 1),  # 227 KiB
+        (14400, 64, 2),  # 112.5 KiB, and 1 KiB that the system takes of each
+        (14465, 64, 1),
+        (6144, 1024, 2),  # 2048 threads
+        (6144, 100, 4),
+        (10, 32, 32),
+    ],
+)
+def test_blocks_that_stay_go_through_more_tiles_than_they_are(host, width, threads, held):
+    for seed, processors in ((1, 4), (2, 1), (3, 3)):
+        host.seed(seed)
+        host.multiprocessors(processors)
+        assert run_tiles(host, held * processors + 3, width, threads) == held * processors
+        assert run_tiles(host, 3, width, threads) == held * processors
+
+
+def test_shared_memory_beyond_48_kib_is_to_be_asked_for(host):
+    for width in (10, 6300):
+        with pytest.raises(RuntimeError, match="CUDA error 1: more shared memory than the kernel"):
+            run_tiles(host, 9, width, asks_for=8 * width - 1)
+        run_tiles(host, 9, width)
+    with pytest.raises(RuntimeError, match="CUDA error 1:"):
+        run_tiles(host, 9, 29057)
+    host.call("check_launch", 1, 32, 48 << 10)
+    with pytest.raises(RuntimeError, match="CUDA error 1:"):
+        host.call("check_launch", 1, 32, (48 << 10) + 1)
 
 
 # ---- whole solves whose steps the kernels choose -------------------------------------------------

@@ -9,9 +9,6 @@
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,6 +16,7 @@
 #include "core/params.h"
 #include "cuda/kernels.h"
 #include "cuda/mlp_layer.h"
+#include "torch/cuda_device.h"
 #include "torch/mlp_field_arguments.h"
 
 // Products of tangents that are in memory at a time, in numbers; more tangents take turns, and
@@ -29,10 +27,6 @@
 
 namespace pycnf {
 namespace {
-
-using c10::cuda::CUDAGuard;
-
-cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 // out = a b, or out += a b: the one place where a product's precision is chosen.
 void product(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add = false) {

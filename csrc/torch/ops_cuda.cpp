@@ -4,9 +4,6 @@
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <c10/core/TensorOptions.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <torch/library.h>
@@ -14,6 +11,7 @@
 #include "cuda/kernels.h"
 #include "torch/arguments.h"
 #include "torch/attempt_plan.h"
+#include "torch/cuda_device.h"
 #include "torch/find_op.h"
 #include "torch/flow_plan.h"
 
@@ -30,15 +28,6 @@ struct TorchNumber<__nv_bfloat16> {
 };
 
 namespace {
-
-using c10::cuda::CUDAGuard;
-
-cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
-
-// One CUDA argument suffices to be dispatched here.
-void check_cuda(const at::Tensor& x, const char* name) {
-  TORCH_CHECK(x.is_cuda(), name, " must be on the GPU like the other arguments, got ", x.device());
-}
 
 // Calls body(stored number, number to compute with) for a state's dtype.
 template <typename Body>
@@ -171,13 +160,6 @@ at::Tensor attempt_finish_cuda(const at::Tensor& y0, const at::Tensor& k, at::Te
                                  current_stream()));
   });
   return norm.result;
-}
-
-// Pinned memory of the host as the device sees it.
-double* on_device(const at::Tensor& report) {
-  void* pointer = nullptr;
-  C10_CUDA_CHECK(cudaHostGetDevicePointer(&pointer, report.data_ptr<double>(), 0));
-  return static_cast<double*>(pointer);
 }
 
 void attempt_control_cuda(at::TensorList tensors, const std::optional<at::Tensor>& norms,

@@ -101,6 +101,32 @@ __global__ void grid_kernel(int how, int* counter, double* squares, double* out)
 
 __global__ void empty_kernel() {}
 
+// Blocks that stay and go through more tiles than they are: sums[tile] = the sum of the tile's
+// `width` numbers, which a block holds in shared memory; then, behind the grid's barrier, out[block]
+// = the sum of all sums. taken[tile] = the block that had it.
+__global__ void tiles_kernel(int tiles, int width, const double* numbers, double* sums, int* taken,
+                             double* out) {
+  double* tile_numbers = shared_memory<double>();
+  const int threads = int(blockDim.x);
+  for (int tile = int(blockIdx.x); tile < tiles; tile += int(gridDim.x)) {
+    barrier();  // the tile before has been summed
+    for (int i = int(threadIdx.x); i < width; i += threads) {
+      tile_numbers[i] = numbers[int64_t(tile) * width + i];
+    }
+    barrier();
+    if (threadIdx.x != 0) continue;
+    double sum = 0.;
+    for (int i = 0; i < width; ++i) sum += tile_numbers[i];
+    sums[tile] = sum;
+    taken[tile] = int(blockIdx.x);
+  }
+  cooperative_groups::this_grid().sync();
+  if (threadIdx.x != 0) return;
+  double sum = 0.;
+  for (int tile = 0; tile < tiles; ++tile) sum += sums[tile];
+  out[blockIdx.x] = sum;
+}
+
 }  // namespace
 
 extern "C" {
@@ -126,6 +152,38 @@ cudaError_t check_grid(int how, int blocks, int* counter, double* squares, doubl
   config.attrs = &together;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, grid_kernel, how, counter, squares, out);
+}
+
+// As many blocks as run together, told in *blocks. A kernel keeps what it has asked for, hence
+// `asks_for`, of which no launch needs more.
+cudaError_t check_tiles(int tiles, int width, int threads, int64_t asks_for, const double* numbers,
+                        double* sums, int* taken, double* out, int* blocks) {
+  auto failure = cudaFuncSetAttribute(tiles_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      int(asks_for));
+  if (failure != cudaSuccess) return failure;
+  const size_t shared_bytes = size_t(width) * sizeof(double);
+  int device = -1, processors = 0, held = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  failure =
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&held, tiles_kernel, threads, shared_bytes);
+  if (failure != cudaSuccess) return failure;
+  *blocks = held * processors;
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  // One block where not even one fits: the launch is to be refused.
+  config.gridDim = dim3(unsigned(*blocks > 0 ? *blocks : 1));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, tiles_kernel, tiles, width, numbers, sums, taken, out);
+}
+
+cudaError_t check_attribute(cudaDeviceAttr attribute, int device, int* value) {
+  return cudaDeviceGetAttribute(value, attribute, device);
 }
 
 cudaError_t check_launch(int64_t blocks, int threads, size_t shared_bytes) {

@@ -18,11 +18,18 @@
 //
 // To add a kernel: its .cu file in csrc/cuda is compiled as it is. Export a function that calls its
 // launcher in entry.cpp, declare and wrap it in tests/host_kernels.py, and compare it, for several
-// seeds, with the CPU's op or pycnf.reference in tests/test_cuda_host.py. What the kernel needs of
+// seeds, with the CPU's op or pycnf.reference in tests/test_cuda_host.py. Its op in csrc/torch runs
+// on a host too, see tests/host_ops.py; then no function of C is needed. What the kernel needs of
 // CUDA and this header lacks goes here, a few lines each. Grids, blocks and warps have one
-// dimension, and a block gets up to 48 KiB of shared memory. Static __shared__ arrays have no
-// meaning here: csrc/cuda/device.cuh has the one way to shared memory. cooperative_groups.h beside
-// this file has the grid's barrier.
+// dimension. Static __shared__ arrays have no meaning here: csrc/cuda/device.cuh has the one way to
+// shared memory. cooperative_groups.h beside this file has the grid's barrier.
+//
+// The device has the limits of an H100, but for a few multiprocessors only (4, or as many as
+// cuda_host_multiprocessors() says), so that a kernel which keeps its blocks and goes through many
+// tiles has more tiles than blocks in a small test. A block gets up to 48 KiB of shared memory, or
+// 227 KiB after cudaFuncSetAttribute(); a launch beyond gives cudaErrorInvalidValue. A cooperative
+// launch of more blocks than multiprocessors hold at once, which
+// cudaOccupancyMaxActiveBlocksPerMultiprocessor() tells, gives cudaErrorCooperativeLaunchTooLarge.
 #pragma once
 
 #include <math.h>
@@ -51,7 +58,8 @@ template <typename... Params, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Arguments&&... arguments) {
   const std::tuple<Params...> copies(arguments...);
-  return cuda_host::run(*config, [&] { std::apply(kernel, copies); });
+  return cuda_host::run(*config, reinterpret_cast<const void*>(kernel),
+                        [&] { std::apply(kernel, copies); });
 }
 
 // ---- barriers -----------------------------------------------------------------------------------

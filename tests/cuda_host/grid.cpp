@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -16,9 +17,16 @@ dim3 block_size, grid_size;
 namespace {
 
 constexpr unsigned kWarp = 32;
-constexpr unsigned kMostThreads = 1024;      // of a block
-constexpr size_t kMostShared = 48 << 10;     // of a block that has not asked for more
-constexpr unsigned kMostTogether = 1 << 14;  // threads of a cooperative launch
+// An H100's.
+constexpr int kMostThreads = 1024;             // of a block
+constexpr int kMostShared = 48 << 10;          // of a block that has not asked for more
+constexpr int kMostSharedOptin = 227 << 10;    // of one that has
+constexpr int kSharedOfSystem = 1 << 10;       // of every block besides
+constexpr int kThreadsOfProcessor = 2048;      // of all blocks of a multiprocessor
+constexpr int kSharedOfProcessor = 228 << 10;  // of theirs
+constexpr int kBlocksOfProcessor = 32;
+// Threads of a cooperative launch. Each takes two of the 65530 mappings that Linux gives a process.
+constexpr unsigned kMostTogether = 24 << 10;
 // Naps in a row, with nothing else happening, after which nothing else will.
 constexpr int64_t kMostNaps = 1'000'000;
 
@@ -108,6 +116,8 @@ const std::function<void()>* kernel_now;
 Thread* current;
 bool failed;
 bool cooperative;
+int multiprocessors = 4;
+std::map<const void*, int> shared_optin;   // bytes that a kernel has asked for, be it less
 std::deque<std::unique_ptr<Thread>> pool;  // kept from launch to launch, for their stacks
 
 void suspend(Wait wait) {
@@ -316,22 +326,43 @@ bool is_cooperative(const cudaLaunchConfig_t& config) {
   return false;
 }
 
+int most_shared(const void* kernel) {
+  const auto found = shared_optin.find(kernel);
+  return found == shared_optin.end() ? kMostShared : found->second;
+}
+
+// How many blocks a multiprocessor holds at once, as far as threads and shared memory matter.
+int blocks_of_processor(const void* kernel, unsigned threads, size_t shared_bytes) {
+  if (threads == 0 || threads > unsigned(kMostThreads)) return 0;
+  if (shared_bytes > size_t(most_shared(kernel))) return 0;
+  const int by_threads = kThreadsOfProcessor / int((threads + kWarp - 1) / kWarp * kWarp);
+  const int by_shared = kSharedOfProcessor / (int(shared_bytes) + kSharedOfSystem);
+  return std::min({by_threads, by_shared, kBlocksOfProcessor});
+}
+
 }  // namespace
 
-cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
+cudaError_t run(const cudaLaunchConfig_t& config, const void* address,
+                const std::function<void()>& kernel) {
   const dim3 grid = config.gridDim, block = config.blockDim;
   const bool flat = grid.y == 1 && grid.z == 1 && block.y == 1 && block.z == 1;
-  if (!flat || grid.x == 0 || grid.x > 0x7fffffffu || block.x == 0 || block.x > kMostThreads) {
+  if (!flat || grid.x == 0 || grid.x > 0x7fffffffu || block.x == 0 ||
+      block.x > unsigned(kMostThreads)) {
     error = "not a grid of blocks that can be launched";
     return cudaErrorInvalidConfiguration;
   }
-  if (config.dynamicSmemBytes > kMostShared) {
-    error = "more shared memory than a block gets unasked";
+  if (config.dynamicSmemBytes > size_t(most_shared(address))) {
+    error = "more shared memory than the kernel has asked for";
     return cudaErrorInvalidValue;
   }
   cooperative = is_cooperative(config);
+  const int held = blocks_of_processor(address, block.x, config.dynamicSmemBytes);
+  if (cooperative && grid.x > unsigned(held * multiprocessors)) {
+    error = "more blocks than run together";
+    return cudaErrorCooperativeLaunchTooLarge;
+  }
   if (cooperative && grid.x > kMostTogether / block.x) {
-    error = "more threads than run together";
+    error = "more threads than the stand-in can run together";
     return cudaErrorCooperativeLaunchTooLarge;
   }
   kernel_now = &kernel;
@@ -384,6 +415,78 @@ unsigned char* shared_memory() { return current->block->shared.begin(); }
 extern "C" void __ubsan_handle_type_mismatch_v1(void*, uintptr_t) {
   cuda_host::fail("an access to memory that is not aligned for it");
 }
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device != 0) return cudaErrorInvalidDevice;
+  switch (attribute) {
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = cuda_host::kMostThreads;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = cuda_host::kMostShared;
+      return cudaSuccess;
+    case cudaDevAttrWarpSize:
+      *value = cuda_host::kWarp;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = cuda_host::multiprocessors;
+      return cudaSuccess;
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      *value = cuda_host::kThreadsOfProcessor;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = cuda_host::kSharedOfProcessor;
+      return cudaSuccess;
+    case cudaDevAttrCooperativeLaunch:
+      *value = 1;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = cuda_host::kMostSharedOptin;
+      return cudaSuccess;
+    case cudaDevAttrMaxBlocksPerMultiprocessor:
+      *value = cuda_host::kBlocksOfProcessor;
+      return cudaSuccess;
+    case cudaDevAttrReservedSharedMemoryPerBlock:
+      *value = cuda_host::kSharedOfSystem;
+      return cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
+  *device = host;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;  // a hint
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
+      value > cuda_host::kMostSharedOptin) {
+    return cudaErrorInvalidValue;
+  }
+  cuda_host::shared_optin[kernel] = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel,
+                                                          int threads, size_t shared_bytes) {
+  if (threads <= 0) return cudaErrorInvalidValue;
+  *blocks = cuda_host::blocks_of_processor(kernel, unsigned(threads), shared_bytes);
+  return cudaSuccess;
+}
+
+void cuda_host_multiprocessors(int count) { cuda_host::multiprocessors = std::max(1, count); }
 
 void cuda_host_seed(uint64_t seed) { cuda_host::random = cuda_host::Random(seed); }
 

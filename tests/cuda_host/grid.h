@@ -13,7 +13,9 @@ namespace cuda_host {
 extern uint3 thread_index, block_index;
 extern dim3 block_size, grid_size;
 
-cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
+// `address` tells kernels apart; `kernel` is one with its arguments.
+cudaError_t run(const cudaLaunchConfig_t& config, const void* address,
+                const std::function<void()>& kernel);
 
 // For kernels alone:
 
@@ -34,6 +36,8 @@ unsigned char* shared_memory();
 extern "C" {
 // What the order of threads and blocks is drawn from, from now on.
 void cuda_host_seed(uint64_t seed);
+// How many multiprocessors the device has, from now on; 4 at first.
+void cuda_host_multiprocessors(int count);
 // Why the last launch that failed did.
 const char* cuda_host_error();
 }
