@@ -24,6 +24,7 @@ class HostOps:
         # torch looks for the module of a device before it makes a tensor there.
         module = types.ModuleType("torch.privateuseone")
         module._lazy_init, module._is_in_bad_fork = lambda: None, lambda: False
+        module.manual_seed_all = lambda seed: None
         torch._register_device_module(DEVICE.type, module)
 
     def __getattr__(self, name):
