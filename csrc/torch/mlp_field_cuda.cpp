@@ -646,7 +646,8 @@ class Reverse {
     int64_t outputs = 0;
     for (int l = 0; l < field_.layers; ++l) outputs += field_.out(l);
     auto time_terms = field_.empty({outputs});
-    auto t_bar = at::zeros(t.sizes(), field_.options);
+    const bool one_time = !field_.own_times || field_.batch == 1;
+    auto t_bar = one_time ? at::Tensor() : at::zeros(t.sizes(), field_.options);
     outputs = 0;
     for (int l = 0; l < field_.layers; ++l) {
       bars[l * kPerLayer] = weight_bars_[l];
@@ -659,7 +660,6 @@ class Reverse {
       if (field_.times(l) > 1) add_own_times(l, bars, t_bar);
     }
     C10_CUDA_CHECK(launch_sums(p, current_stream()));
-    const bool one_time = !field_.own_times || field_.batch == 1;
     return one_time ? time_terms.sum().view(t.sizes()) : t_bar;
   }
 
@@ -692,7 +692,8 @@ class Reverse {
     const auto& s = field_.gate[l];
     const auto add = [&](int which, const at::Tensor& terms) {
       product(bar(which).view({field_.out(l), -1}), terms.t(), field_.tau);
-      auto of_features = terms.mm(field_.parameter_matrix(l, which));
+      auto of_features = field_.empty(field_.tau.sizes());
+      product(of_features, terms, field_.parameter_matrix(l, which));
       if (field_.rate.defined()) of_features.mul_(field_.rate);
       t_bar.add_(of_features.sum(1));
     };
