@@ -86,7 +86,7 @@ class Field {
     last = layers - 1;
     tangents = solve.tangents;
     closed_form = solve.closed_form;
-    context = read_context(arguments, solve);
+    context = read_context(of_solve, arguments.z, solve);
     t_ = arguments.t.contiguous();
     read_parameters(arguments.parameters);
     if (Divergence(kind[2]) == Divergence::kProbes) {
@@ -325,12 +325,6 @@ class Field {
     for (size_t i = 0; i < arguments.parameters.size(); ++i) {
       check(arguments.parameters.get(i), "parameters");
     }
-  }
-
-  static at::Tensor read_context(const FieldArguments& arguments, const MlpSolve<T>& solve) {
-    const MlpArguments of_solve = {
-        arguments.probe, arguments.context, arguments.parameters, "", {}, {}};
-    return pycnf::read_context(of_solve, arguments.z, solve);
   }
 
   void read_parameters(const Parameters& parameters) {
