@@ -36,6 +36,7 @@ OPS = (
     "probe_sample",
     "mlp_solve",
     "mlp_solve_backward",
+    "mlp_solve_fits",
     "mlp_adjoint",
     "mlp_samples",
     "mlp_samples_backward",
@@ -57,6 +58,7 @@ _compiled.rk_stage, _compiled.rk_finish = _C.rk_stage, _C.rk_finish
 _compiled.rk_combine = _C.rk_combine
 time_tensors = _C.time_tensors
 mlp_solve, mlp_solve_backward = _compiled.mlp_solve, _compiled.mlp_solve_backward
+mlp_solve_fits = _compiled.mlp_solve_fits
 mlp_samples, mlp_samples_backward = _compiled.mlp_samples, _compiled.mlp_samples_backward
 mlp_adjoint, mlp_samples_adjoint = _compiled.mlp_adjoint, _compiled.mlp_samples_adjoint
 # Differentiable by `pycnf.nn.field_gradients`.

@@ -63,10 +63,10 @@ struct FlowPlan {
   FlowAttempt* attempt;
   State* times;      // [nodes] of the stages
   State* h;          // [1] of the attempt
-  double* tape;      // [capacity, 3]: t, h and t_next of the accepted steps
+  double* tape;      // [capacity, 3]: t, h and t_next of the accepted steps; null: somebody else's
   int64_t capacity;  // 0 where they are not kept
   // In memory of the host, to be read while the solve runs: attempts, ended, failure, accepted, and
-  // what the next step's size would be.
+  // what the next step's size would be. Null where another tells it.
   double* report;
 };
 
@@ -75,6 +75,7 @@ constexpr int kFlowReportNumbers = 5;
 // The end is told last: who sees it, and looks again, sees all.
 template <typename State>
 PYCNF_HD void report(const FlowPlan<State>& plan) {
+  if (plan.report == nullptr) return;
   const FlowAttempt& a = *plan.attempt;
   volatile double* report = plan.report;
   report[0] = a.accepted + a.rejected;
@@ -150,7 +151,7 @@ PYCNF_HD void decide_step(const FlowPlan<State>& plan, double norm, bool finite)
     return;
   }
   if (error <= 1) {
-    if (plan.capacity > 0) {
+    if (plan.tape != nullptr) {
       double* step = plan.tape + 3 * int64_t(a.accepted);
       step[0] = a.t;
       step[1] = a.h;

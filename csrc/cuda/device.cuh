@@ -1,8 +1,9 @@
 // The kernels' one door to CUDA's runtime and intrinsics: launch, barrier, warp exchange, shared
 // memory, wide loads, numbers of 16 bits. Who runs the kernels as plain C++ on a host, as
-// tests/cuda_host does, replaces <cuda_runtime.h>, <cuda_fp16.h> and <cuda_bf16.h>.
+// tests/cuda_host does, replaces CUDA's headers.
 #pragma once
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -39,6 +40,24 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// Blocks that all run at the same time, so that they can wait for each other.
+template <typename... Params, typename... Arguments>
+cudaError_t launch_together(void (*kernel)(Params...), int64_t blocks, int threads,
+                            size_t shared_bytes, cudaStream_t stream,
+                            const Arguments&... arguments) {
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 // Dynamic shared memory, the only kind in use.
 template <typename T>
 __device__ inline T* shared_memory() {
@@ -51,6 +70,9 @@ __device__ inline T* shared_memory() {
 }
 
 __device__ inline void barrier() { __syncthreads(); }
+
+// Of all blocks of a launch_together().
+__device__ inline void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 // The value of the lane `offset` above; every lane of the warp takes part.
 template <typename T>

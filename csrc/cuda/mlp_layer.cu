@@ -1,6 +1,6 @@
 // From a layer's products to its outputs: one pass over memory, values and tangents together.
 
-#include "cuda/mlp_rows.cuh"
+#include "cuda/mlp_layer.cuh"
 
 namespace pycnf {
 namespace {

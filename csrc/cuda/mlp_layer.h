@@ -1,5 +1,5 @@
-// Launchers of the passes between a wide network's products (torch/mlp_field_cuda.cpp): what a layer
-// does to its products W a and W ȧ_k, element by element, and the reverse. No torch here.
+// Launchers of the passes between a wide network's products (torch/mlp_field_cuda.cpp): what a
+// layer does to its products W a and W ȧ_k, element by element, and the reverse. No torch here.
 //
 // The mathematics is that of cpu/mlp_tile.h. Rows are samples [B, out]; tangents are [K, B, out].
 // What belongs to a time is read from device memory, never by the host: numbers for each output, or

@@ -8,7 +8,7 @@ namespace pycnf {
 
 // Throws if the user has asked for an end. Cheap enough for every step; set by module.cpp, for only
 // Python knows.
-extern void (*check_interrupt)();
+inline void (*check_interrupt)() = [] {};
 
 // The same for threads that work side by side: the first of them, which Python's own is, hears it
 // (and throws), and the others end.

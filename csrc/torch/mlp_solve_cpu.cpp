@@ -10,8 +10,6 @@
 
 namespace pycnf {
 
-void (*check_interrupt)() = [] {};
-
 namespace {
 
 template <typename T>
@@ -333,10 +331,16 @@ Gradient mlp_solve_backward_cpu(const at::Tensor& z_bar,
   return result;
 }
 
+bool mlp_solve_fits_cpu(const at::Tensor&, const std::optional<at::Tensor>&, const Parameters&,
+                        at::IntArrayRef) {
+  return true;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pycnf, CPU, m) {
   m.impl("mlp_solve", mlp_solve_cpu);
+  m.impl("mlp_solve_fits", mlp_solve_fits_cpu);
   m.impl("mlp_solve_backward", mlp_solve_backward_cpu);
 }
 

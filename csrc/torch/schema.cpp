@@ -116,7 +116,7 @@ TORCH_LIBRARY(pycnf, m) {
   // whether there is a row for the kinetic energy; and for the Jacobian norm. `weights`: the sign of
   // the divergence in the logdet's derivative; and of those two rows, with the direction of time.
   // Extras [E, B] are the logdet and the regularizers. `control`: the fields of StepControl in
-  // core/control.h; `grid`: times of a fixed-step method. Reports: Report in mlp_loop.h.
+  // core/control.h; `grid`: times of a fixed-step method. Reports: Report in mlp_report.h.
 
   // Solves from start to end. `keep_bytes`: for the stages of the tape, -1 for no tape. Returns z,
   // the extras, a report, and the tape: accepted (t, h, t_next) [N, 3], the N states that they begin
@@ -125,6 +125,10 @@ TORCH_LIBRARY(pycnf, m) {
       "mlp_solve(Tensor x, Tensor? probe, Tensor? context, Tensor?[] parameters, str method, "
       "int[] kind, float[] weights, float start, float end, float[] control, float[] grid, "
       "int keep_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+
+  // Whether mlp_solve and its gradient can be had for such arguments; x may be a row of zeros. On a
+  // GPU the network has to fit into the shared memory of a multiprocessor.
+  m.def("mlp_solve_fits(Tensor x, Tensor? probe, Tensor?[] parameters, int[] kind) -> bool");
 
   // The exact gradient of the accepted steps, their sizes constant: of x, of the context (empty
   // without), of the parameters (empty where there is none) and, if wanted, of every step's t and h

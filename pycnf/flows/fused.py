@@ -13,6 +13,7 @@ from pycnf._ops import (
     mlp_samples_backward,
     mlp_solve,
     mlp_solve_backward,
+    mlp_solve_fits,
 )
 from pycnf.nn.field_gradients import NO_DIVERGENCE, PROBES, UNIT_VECTORS
 from pycnf.nn.field_ops import exact_divergence, field_arguments, kind_of
@@ -26,10 +27,13 @@ from .forward import Taped
 from .per_sample import Steps, TapedRows
 from .problem import Problem
 from .shared import Step, slopes
-from .solve import filled, gradients_of_ends, replayed_gradient
+from .solve import filled, gradients_of_ends, replayed_gradient, solve
 
-# In the order of Status in csrc/torch/mlp_loop.h.
+# In the order of Status in csrc/torch/mlp_report.h.
 DONE, TOO_MANY_STEPS, UNDERFLOW, STATE_NOT_FINITE, FIELD_NOT_FINITE = range(5)
+
+# Devices whose solves are one launch.
+GPUS = ("cuda",)
 
 
 def solve_fused(
@@ -43,7 +47,7 @@ def solve_fused(
 
     Args:
         problem: What to solve; its stats are filled in.
-        x: State at the start [B, D], on the CPU.
+        x: State at the start [B, D].
         context: Given to the field: [B, C], [C] or None.
         start, end: 0-dim tensors equal to the problem's, where they are to have gradients.
 
@@ -61,12 +65,38 @@ def solve_fused(
     inputs = (x, offset, start, end, *tensors)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     function = _Discrete if problem.gradient == "discrete" else _Adjoint
-    z, *extras = function.apply(problem, _Tape() if needed else None, *inputs)
+    try:
+        z, *extras = function.apply(problem, _Tape() if needed else None, *inputs)
+    except _Unsaid:
+        # Says what stopped it, or, where that was a matter of rounding, solves.
+        problem.stats.__init__()
+        return solve(problem, x, context, start, end)
     if len(extras) <= 1:
         return z, *extras
     # Compiled code has the regularizers in an order of its own.
     made = dict(zip(_rows(problem), extras[1:]))
     return z, extras[0], *(made[name] for name in problem.regularizers)
+
+
+def fits_gpu(field: MLP, divergence: bool | int, regularizers: Sequence[str]) -> bool:
+    """Whether a GPU solves with a field in one launch.
+
+    Args:
+        field: On the GPU.
+        divergence: How many probes there are; False for the exact divergence.
+        regularizers: Their names.
+    """
+    x = field.like.detach().new_zeros(1, field.features)
+    norm = "jacobian" in regularizers
+    kind = PROBES if divergence else UNIT_VECTORS if norm else exact_divergence(field, False)
+    probe = x.new_zeros(divergence, 1, field.features) if divergence else None
+    rows = (name in regularizers for name in REGULARIZERS)
+    tensors = [tensor for layer in field.layers for tensor in layer.parts()]
+    return mlp_solve_fits(x, probe, tensors, kind_of(field, kind, *rows))
+
+
+class _Unsaid(Exception):
+    """A solve has failed where nobody could say in words how."""
 
 
 def _rows(problem: Problem) -> list[str]:
@@ -170,7 +200,8 @@ class _Discrete(_Function):
         else:
             x_bar, offset_bar, bars, times_bar = mlp_solve_backward(*arguments)
             times, _, kept = ctx.tape.parts
-            again = sum(block.numel() == 0 for block in kept[1:])
+            # A GPU keeps no stages.
+            again = sum(block.numel() == 0 for block in kept[1:]) if kept else len(times)
             # The memory goes; another backward computes the stages again.
             ctx.tape.parts[2] = [x.new_empty(0)] * len(kept)
             if any(needs_ends):
@@ -266,6 +297,8 @@ def _run(
     stats.nfe_forward += int(evaluations)
     if not problem.per_sample:
         stats.step_size = step_size
+    if x.device.type in GPUS and failure[0] != DONE:
+        raise _Unsaid
     _check(problem, *failure)
     return z, extras, tape
 

@@ -1,5 +1,5 @@
-// Comes before all else of csrc/torch's sources, so that their CUDA ops become those of a device whose
-// memory is the host's (device.cpp), in a library of their own, torch.ops.pycnf_cuda_host.
+// Comes before all else of csrc/torch's sources, so that their CUDA ops become those of a device
+// whose memory is the host's (device.cpp), in a library of their own, torch.ops.pycnf_cuda_host.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,3 +15,6 @@
 #define TORCH_LIBRARY(library, m) TORCH_LIBRARY_FRAGMENT(pycnf_cuda_host, m)
 #undef TORCH_LIBRARY_IMPL
 #define TORCH_LIBRARY_IMPL(library, key, m) _TORCH_LIBRARY_IMPL(pycnf_cuda_host, key, m, C10_UID)
+
+// All of the host's memory is the device's.
+#define pinned_memory(wanted) pinned_memory(false)

@@ -1,6 +1,6 @@
 // Gates and shifts of all layers at a time, and the gradients of what they are made of.
 
-#include "cuda/mlp_rows.cuh"
+#include "cuda/mlp_layer.cuh"
 
 namespace pycnf {
 namespace {

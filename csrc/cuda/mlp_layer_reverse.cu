@@ -2,7 +2,7 @@
 // cotangents of the layer's products, its outputs once more (what the next weight's gradient needs)
 // and the sums over samples that its other parameters need.
 
-#include "cuda/mlp_rows.cuh"
+#include "cuda/mlp_layer.cuh"
 
 namespace pycnf {
 namespace {

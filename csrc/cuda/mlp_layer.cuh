@@ -1,4 +1,4 @@
-// How the passes of mlp_layer.cu and mlp_reverse.cu go over the rows of a layer.
+// How the passes of mlp_layer.cu and mlp_layer_reverse.cu go over the rows of a layer.
 //
 // A block owns kRowLanes rows at a time and 32 groups of neighbouring outputs, one for each lane of
 // a warp: whatever the row, a warp's accesses are one run of memory.

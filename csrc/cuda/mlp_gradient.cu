@@ -1,0 +1,317 @@
+// The exact gradient of a solve's accepted steps, in one launch: a block takes a tile of samples back
+// through all steps, then the next tile. Stages are computed again from the states of the tape. The
+// gradients of parameters add up in the block's own memory; a second kernel adds up the blocks.
+
+#include <type_traits>
+
+#include "core/elementary.h"
+#include "core/rk.h"
+#include "cuda/device.cuh"
+#include "cuda/mlp_plan.cuh"
+#include "cuda/mlp_solve.h"
+#include "cuda/tile_product.cuh"
+
+namespace pycnf {
+namespace {
+
+#include "cuda/scalar.cuh"
+//
+#include "core/activation.h"
+//
+#include "cuda/mlp_tile.cuh"
+//
+#include "cuda/mlp_reverse.cuh"
+
+// What stands at the beginning of a block's shared memory, before the numbers of TileLayout: the
+// step that is gone back, or one for each sample.
+template <typename T>
+struct TakenStep {
+  Weights<T> weights;
+  T h[kMostSamples];
+  T times[kMostSamples][kMaxStages];
+  int64_t place[kMostSamples];  // on the tape, -1: the sample has no step left
+  int left;                     // whether any has
+};
+
+// A block's part in a gradient.
+template <typename T>
+class Gradient {
+ public:
+  __device__ explicit Gradient(const MlpGradientParams<T>& p)
+      : p_(p),
+        tableau_(p.tile.tableau),
+        layout_(p.tile.layout),
+        step_(*shared_memory<TakenStep<T>>()),
+        numbers_(shared_memory<T>() + kControlNumbers<TakenStep<T>, T>),
+        rows_(int(state_rows(p.tile.solve))),
+        used_(stages_in_use(p.tile.tableau)),
+        sums_{p.places, of_block(), numbers_ + layout_.mixed_bar} {
+    load_method(tableau_, step_.weights);
+    load_weights(solve(), layout_, numbers_);
+    for_each_place(1, p_.places.numbers, [&](int, int i) { sums_.numbers[i] = T(0); });
+    if (solve().closed_form) {
+      for_each_place(1, mixed_numbers(), [&](int, int i) { sums_.mixed[i] = T(0); });
+    }
+    barrier();
+  }
+
+  __device__ void run() {
+    for (int64_t index = blockIdx.x; index < p_.tile.tiles; index += gridDim.x) {
+      const Tile<T> tile = {solve(), layout_, numbers_, p_.tile.batch, index};
+      load_cotangents(tile);
+      for (int64_t n = p_.steps - 1; recall(tile, n); --n) reverse_step(tile);
+      const T* const z_bar = tile.at(layout_.z_bar);
+      for_each_place(tile.features(), tile.samples(), [&](int d, int s) {
+        if (!tile.counts(s)) return;
+        p_.x_bar[tile.sample(s) * tile.features() + d] = z_bar[d * tile.samples() + s];
+      });
+      barrier();
+    }
+    // Without a gate in the last layer M is the same at any time.
+    if (solve().closed_form && !mix_depends_on_time()) unmix(solve(), layout_, numbers_, sums_);
+    if (layout_.gradient < 0) return;
+    barrier();
+    T* const out = p_.sums + blockIdx.x * int64_t(p_.places.numbers);
+    for_each_place(1, p_.places.numbers, [&](int, int i) { out[i] = sums_.numbers[i]; });
+  }
+
+ private:
+  __device__ const MlpSolve<T>& solve() const { return p_.tile.solve; }
+
+  __device__ T* of_block() const {
+    if (layout_.gradient >= 0) return numbers_ + layout_.gradient;
+    return p_.sums + blockIdx.x * int64_t(p_.places.numbers);
+  }
+
+  __device__ bool mix_depends_on_time() const {
+    return solve().field.layer[solve().field.layers - 1].gate_weight != nullptr;
+  }
+
+  __device__ int mixed_numbers() const {
+    const auto& field = solve().field;
+    return field.layers == 2 ? int(field.layer[0].out)
+                             : int(field.layer[1].in) * layout_.weight_stride[1];
+  }
+
+  // The block's scratch: the state at the start of a step, then derivatives, then their cotangents.
+  __device__ T* scratch(int which) const {
+    const int64_t row = int64_t(rows_) * layout_.samples;
+    return p_.k + (blockIdx.x * int64_t(1 + 2 * tableau_.stages) + which) * row;
+  }
+
+  __device__ StageRows<T> scratch_rows(int first) const {
+    return {scratch(first), int64_t(rows_) * layout_.samples, 0};
+  }
+
+  __device__ void load_cotangents(const Tile<T>& tile) const {
+    const int features = tile.features(), samples = tile.samples();
+    T* const z_bar = tile.at(layout_.z_bar);
+    T* const extras_bar = tile.at(layout_.extras_bar);
+    // The copies that fill up the last tile have no part in a gradient.
+    for_each_place(features, samples, [&](int d, int s) {
+      z_bar[d * samples + s] = tile.counts(s) ? p_.z_bar[tile.sample(s) * features + d] : T(0);
+    });
+    for_each_place(rows_ - features, samples, [&](int row, int s) {
+      const bool has = p_.extras_bar != nullptr && tile.counts(s);
+      extras_bar[row * samples + s] =
+          has ? p_.extras_bar[row * p_.tile.batch + tile.sample(s)] : T(0);
+    });
+    barrier();
+  }
+
+  // Reads the n-th step from the tape, or with own steps each sample's last that was not gone back
+  // yet; false where there is none. A sample without a step left takes one of size 0, whose gradient
+  // is 0.
+  __device__ bool recall(const Tile<T>& tile, int64_t n) const {
+    const bool own = p_.previous != nullptr;
+    barrier();
+    if (threadIdx.x == 0) step_.left = own ? 0 : n >= 0;
+    barrier();
+    for_each_place(1, own ? tile.samples() : 1, [&](int, int s) {
+      int64_t place = n;
+      if (own) {
+        const bool first = n == p_.steps - 1;
+        place = !tile.counts(s)       ? -1
+                : first               ? p_.newest[tile.sample(s)]
+                : step_.place[s] >= 0 ? p_.previous[step_.place[s]]
+                                      : -1;
+        if (place >= 0) step_.left = 1;
+      }
+      step_.place[s] = place;
+      const double* const taken = p_.times + (own ? 4 : 3) * place;
+      step_.h[s] = place >= 0 ? T(taken[1]) : T(0);
+      for (int i = 0; i < tableau_.stages; ++i) {
+        const double c = tableau_.c[i];
+        step_.times[s][i] = place >= 0 ? T(c == 1 ? taken[2] : taken[0] + c * taken[1]) : T(0);
+      }
+    });
+    barrier();
+    return step_.left != 0;
+  }
+
+  __device__ T h(int s) const { return step_.h[p_.previous != nullptr ? s : 0]; }
+
+  // A row of the tape: the state at the start of a sample's step.
+  __device__ T tape(const Tile<T>& tile, int d, int s) const {
+    const bool own = p_.previous != nullptr;
+    if (own && step_.place[s] < 0) return T(0);
+    const int64_t row = own ? step_.place[s] : step_.place[0] * p_.tile.batch + tile.sample(s);
+    return p_.states[row * tile.features() + d];
+  }
+
+  __device__ void set_time(int i) const {
+    pycnf::set_time(solve(), layout_, numbers_, step_.times[0] + i, kMaxStages);
+  }
+
+  // The state that a stage was evaluated at.
+  __device__ void stage_state(const Tile<T>& tile, const StageRows<T>& k, int i) const {
+    const T* const start = scratch(0);
+    T* const z = tile.at(layout_.z);
+    for_each_place(tile.features(), tile.samples(), [&](int d, int s) {
+      const int place = d * tile.samples() + s;
+      z[place] = start[place] + h(s) * combined(k, step_.weights.a[i], i, place);
+    });
+  }
+
+  __device__ void reverse_step(const Tile<T>& tile) const {
+    const int features = tile.features(), samples = tile.samples();
+    const auto k = scratch_rows(1), k_bar = scratch_rows(1 + tableau_.stages);
+    T* const start = scratch(0);
+    T* const z_bar = tile.at(layout_.z_bar);
+    for_each_place(features, samples, [&](int d, int s) {
+      const int i = d * samples + s;
+      start[i] = tape(tile, d, s);
+      for (int j = 0; j < used_; ++j) k_bar.row(j)[i] = z_bar[i] * (step_.weights.b[j] * h(s));
+    });
+    barrier();
+    for (int i = 0; i + 1 < used_; ++i) {
+      set_time(i);
+      stage_state(tile, k, i);
+      evaluate(tile, false, tile.at(layout_.z), k.row(i));
+    }
+    for (int i = used_ - 1; i >= 0; --i) {
+      set_time(i);
+      stage_state(tile, k, i);
+      const auto stage_bar = reverse_stage(tile, k_bar.row(i), i);
+      for_each_place(features, samples, [&](int d, int s) {
+        const int place = d * samples + s;
+        const T bar = stage_bar.row(d)[s];
+        z_bar[place] += bar;
+        for (int j = 0; j < i; ++j) {
+          const T weight = step_.weights.a[i][j];
+          if (weight != T(0)) k_bar.row(j)[place] += bar * (weight * h(s));
+        }
+      });
+      barrier();
+    }
+  }
+
+  // From the cotangent of a stage's derivative to that of its state.
+  __device__ Columns<T> reverse_stage(const Tile<T>& tile, const T* rate_bar, int i) const {
+    const int samples = tile.samples();
+    const bool with_divergence = solve().tangents > 0 && tableau_.b[i] != 0;
+    const int tangents = with_divergence ? int(solve().tangents) : 0;
+    const bool several = solve().tangents > 1;
+    const T* const z = tile.at(layout_.z);
+    const RatesBar<T> bar = {
+        rate_bar, tile.at(layout_.extras_bar), with_divergence ? step_.weights.b[i] : T(0), step_.h,
+        samples,  p_.previous != nullptr};
+    for (int l = 0; l < solve().field.layers; ++l) {
+      for_each_place(1, tile.out(l) * layout_.timed, [&](int, int o) {
+        tile.at(layout_.shift_sum[l])[o] = tile.at(layout_.product_sum[l])[o] = T(0);
+      });
+      if (layout_.curved[l] < 0) continue;
+      for_each_place(1, tile.out(l) * samples,
+                     [&](int, int place) { tile.at(layout_.curved[l])[place] = T(0); });
+    }
+    go_through(tile, {true, tangents > 0 && !several}, 0, z);
+    for (int k = tangents - 1; several && k >= 0; --k) {
+      go_through(tile, {false, true}, k, z);
+      if (k > 0) reverse_pass<T>(tile, {false, true}, k, z, bar, nullptr, sums_);
+    }
+    const auto stage_bar =
+        reverse_pass(tile, {true, tangents > 0}, 0, z, bar, p_.context_bar, sums_);
+    add_time_gradients(tile, sums_);
+    if (solve().closed_form && with_divergence && mix_depends_on_time()) {
+      unmix(solve(), layout_, numbers_, sums_);
+    }
+    return stage_bar;
+  }
+
+  // Leaves the products of all layers.
+  __device__ void go_through(const Tile<T>& tile, const Pass& pass, int k, const T* z) const {
+    const auto x = tile.columns(layout_.x[0]);
+    barrier();
+    load_inputs(tile, pass, z, k, x);
+    barrier();
+    through_layers(
+        tile, pass, [&](int l) { return tile.columns(layout_.product[l]); },
+        [&](int) { return x; });
+  }
+
+  const MlpGradientParams<T>& p_;
+  const Tableau& tableau_;
+  const TileLayout& layout_;
+  TakenStep<T>& step_;
+  T* numbers_;
+  int rows_;
+  int used_;  // stages whose state enters the solution
+  GradientSums<T> sums_;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads, 1)
+    mlp_gradient_kernel(const __grid_constant__ MlpGradientParams<T> p) {
+  Gradient<T>(p).run();
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    gather_gradients_kernel(const __grid_constant__ GatherParams<T> p) {
+  for (int64_t i = global_thread(); i < p.total; i += global_threads()) {
+    int which = p.pieces - 1;
+    while (p.piece[which].first > i) --which;
+    const auto& piece = p.piece[which];
+    // Neighbouring threads read neighbouring numbers.
+    const int64_t row = (i - piece.first) % piece.rows, column = (i - piece.first) / piece.rows;
+    const T* from = p.sums + piece.place + row * piece.row_stride + column * piece.column_stride;
+    T sum = T(0);
+    for (int64_t block = 0; block < p.blocks; ++block) sum += from[block * p.numbers];
+    piece.out[row * piece.columns + column] = sum;
+  }
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t plan_gradient(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan) {
+  return plan_tiles<T>(
+      mlp_gradient_kernel<T>, batch, kControlNumbers<TakenStep<T>, T>,
+      [&](int samples, int64_t most) {
+        const auto layout = tile_layout(solve, samples, true, true);
+        return layout.numbers <= most ? layout : tile_layout(solve, samples, true, false);
+      },
+      plan);
+}
+
+template <typename T>
+cudaError_t launch_mlp_gradient(const MlpGradientParams<T>& p, const TilePlan& plan,
+                                cudaStream_t stream) {
+  return launch(mlp_gradient_kernel<T>, plan.blocks, plan.threads, plan.shared_bytes, stream, p);
+}
+
+template <typename T>
+cudaError_t launch_gather_gradients(const GatherParams<T>& p, cudaStream_t stream) {
+  return launch(gather_gradients_kernel<T>, blocks_for(p.total, kThreads), kThreads, 0, stream, p);
+}
+
+template cudaError_t plan_gradient(const MlpSolve<float>&, int64_t, TilePlan*);
+template cudaError_t plan_gradient(const MlpSolve<double>&, int64_t, TilePlan*);
+template cudaError_t launch_mlp_gradient(const MlpGradientParams<float>&, const TilePlan&,
+                                         cudaStream_t);
+template cudaError_t launch_mlp_gradient(const MlpGradientParams<double>&, const TilePlan&,
+                                         cudaStream_t);
+template cudaError_t launch_gather_gradients(const GatherParams<float>&, cudaStream_t);
+template cudaError_t launch_gather_gradients(const GatherParams<double>&, cudaStream_t);
+
+}  // namespace pycnf

@@ -1,0 +1,125 @@
+// Solves with a narrow multilayer perceptron, each in one launch: the launchers. Pointers are device
+// memory unless said otherwise; nothing here allocates or waits.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/flow_attempt.h"
+#include "core/mlp_solve.h"
+#include "cuda/mlp_layout.h"
+
+namespace pycnf {
+
+// What a solve hands to its kernels. `solve` is without a tableau; its `probe` [K, B, D] and
+// `context` [B, width of the first layer] are the caller's own arrays.
+template <typename T>
+struct TileSolve {
+  MlpSolve<T> solve;
+  Tableau tableau;
+  TileLayout layout;
+  int64_t batch;
+  int64_t tiles;
+};
+
+// Sums over a tile's samples of squared scaled values.
+struct TilePartial {
+  double z;
+  double logdet;
+  double state;      // at the start of a solve
+  double nonfinite;  // how many values are not
+};
+
+template <typename T>
+struct MlpSolveParams {
+  TileSolve<T> tile;
+  const T* x;  // [B, D]
+  // Adaptive: steps from start to end under a rule; else the grid's times.
+  FlowRule rule;
+  double start;
+  double end;
+  const double* grid;  // [grid_times], or null
+  int64_t grid_times;
+  T rtol;
+  T atol;
+  // Scratch.
+  T* y;                   // [2, tiles, rows, samples]
+  T* k;                   // [stages, tiles, rows, samples]
+  TilePartial* partials;  // [2, tiles]
+  // The tape, of up to `capacity` accepted steps; or null.
+  double* times;  // [capacity, 3]
+  T* states;      // [capacity, B, D]
+  int64_t capacity;
+  double* report;  // as FlowPlan's
+  T* z;            // [B, D]
+  T* extras;       // [extras, B]
+};
+
+template <typename T>
+struct MlpGradientParams {
+  TileSolve<T> tile;
+  GradientPlaces places;
+  const double* times;  // [steps, 3]: t, h and t_next
+  const T* states;      // [steps, B, D]
+  int64_t steps;
+  // Or with steps of the samples' own: times [rows, 4] and states [rows, D], each sample's newest
+  // row, and the one before each row, -1 for none.
+  const int64_t* previous;  // [rows], or null
+  const int64_t* newest;    // [B]
+  const T* z_bar;           // [B, D]
+  const T* extras_bar;      // [extras, B], or null: zeros
+  // Scratch of each block.
+  T* k;            // [blocks, 1 + 2 stages, rows, samples]
+  T* sums;         // [blocks, places.numbers]
+  T* x_bar;        // [B, D]
+  T* context_bar;  // [B, width of the first layer], zeros; or null
+};
+
+// A parameter's gradient in sums of gradients: rows and columns so far apart.
+template <typename T>
+struct GradientPiece {
+  int64_t first;  // of `out`, counted over all pieces
+  int64_t rows, columns;
+  int64_t place, row_stride, column_stride;
+  T* out;  // [rows, columns]
+};
+
+constexpr int kMostPieces = 5 * kMaxLayers;
+
+template <typename T>
+struct GatherParams {
+  const T* sums;  // [blocks, numbers]
+  int64_t blocks;
+  int64_t numbers;
+  int64_t total;  // of all pieces
+  int pieces;
+  GradientPiece<T> piece[kMostPieces];
+};
+
+// How such a launch would fit on the device at hand: the layout, the blocks that run at a time, and
+// bytes of shared memory. No blocks: it does not fit.
+struct TilePlan {
+  TileLayout layout;
+  int64_t tiles;
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes;
+};
+
+template <typename T>
+cudaError_t plan_solve(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan);
+
+template <typename T>
+cudaError_t plan_gradient(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan);
+
+template <typename T>
+cudaError_t launch_mlp_solve(const MlpSolveParams<T>& p, const TilePlan& plan, cudaStream_t stream);
+
+template <typename T>
+cudaError_t launch_mlp_gradient(const MlpGradientParams<T>& p, const TilePlan& plan,
+                                cudaStream_t stream);
+
+// Adds up what the blocks have, in order.
+template <typename T>
+cudaError_t launch_gather_gradients(const GatherParams<T>& p, cudaStream_t stream);
+
+}  // namespace pycnf

@@ -1,0 +1,391 @@
+// A narrow multilayer perceptron over one tile of samples: value and divergence. To be included
+// within a namespace without a name, after cuda/scalar.cuh, core/activation.h and
+// cuda/tile_product.cuh.
+//
+// Tangents go through the network one at a time: the first beside the values, if it is the only one,
+// else each after them, by the slopes that the values left. The closed form of the divergence is one
+// tangent that starts as all ones behind the first layer; see cpu/mlp_tile.h.
+//
+// Index names: l layers, o outputs and i inputs of one, d features, s samples of the tile, c columns,
+// k tangents.
+
+// A block's view of the tile that it works on.
+template <typename T>
+struct Tile {
+  const MlpSolve<T>& solve;
+  const TileLayout& layout;
+  T* shared;
+  int64_t batch;
+  int64_t index;
+
+  __device__ T* at(int place) const { return shared + place; }
+  __device__ Columns<T> columns(int place) const { return {shared + place, layout.stride}; }
+  __device__ int samples() const { return layout.samples; }
+  // A number that an output, or a time feature, has at the time of a sample.
+  __device__ T timed(int place, int o, int s) const {
+    return shared[place + (layout.timed == 1 ? o : o * layout.timed + s)];
+  }
+  __device__ int features() const { return int(solve.field.features); }
+  __device__ int last() const { return solve.field.layers - 1; }
+  __device__ int out(int l) const { return int(solve.field.layer[l].out); }
+  __device__ int in(int l) const { return int(solve.field.layer[l].in); }
+  // Copies of the last sample fill up the last tile.
+  __device__ int64_t sample(int s) const {
+    const int64_t b = index * layout.samples + s;
+    return b < batch ? b : batch - 1;
+  }
+  __device__ bool counts(int s) const { return index * layout.samples + s < batch; }
+};
+
+// Calls body(i, j) for all i < rows, j < width, neighbouring threads with neighbouring j.
+template <typename Body>
+__device__ inline void for_each_place(int rows, int width, const Body& body) {
+  for (int place = threadIdx.x; place < rows * width; place += blockDim.x) {
+    body(place / width, place % width);
+  }
+}
+
+// Calls body(std::integral_constant<Activation, kind>()).
+template <typename Body>
+__device__ inline void with_activation(Activation kind, const Body& body) {
+#define PYCNF_CASE(name) \
+  case Activation::name: \
+    return body(std::integral_constant<Activation, Activation::name>())
+  switch (kind) {
+    PYCNF_CASE(kTanh);
+    PYCNF_CASE(kSoftplus);
+    PYCNF_CASE(kElu);
+    PYCNF_CASE(kSilu);
+    PYCNF_CASE(kSelu);
+    PYCNF_CASE(kRelu);
+    PYCNF_CASE(kGelu);
+    PYCNF_CASE(kSin);
+    PYCNF_CASE(kSquare);
+    PYCNF_CASE(kIdentity);
+  }
+#undef PYCNF_CASE
+}
+
+// ---- what all tiles share -----------------------------------------------------------------------
+
+template <typename T>
+__device__ void load_weights(const MlpSolve<T>& solve, const TileLayout& layout, T* shared) {
+  for (int l = 0; l < solve.field.layers; ++l) {
+    const auto& layer = solve.field.layer[l];
+    const int in = int(layer.in), out = int(layer.out), stride = layout.weight_stride[l];
+    T* const weight = shared + layout.weight[l];
+    for_each_place(out, in, [&](int o, int i) {
+      weight[i * stride + o] = layer.weight[o * layer.weight_stride + i];
+    });
+    for_each_place(in, stride - out, [&](int i, int o) { weight[i * stride + out + o] = T(0); });
+  }
+}
+
+// Σ_f weight[f, o] τ_f + bias_o, features `width` apart.
+template <typename T>
+__device__ inline T linear_in_time(const T* weight, const T* bias, const T* tau, int features,
+                                   int width, int out, int o) {
+  T sum = bias != nullptr ? bias[o] : T(0);
+  for (int f = 0; weight != nullptr && f < features; ++f) {
+    sum += weight[f * out + o] * tau[f * width];
+  }
+  return sum;
+}
+
+// M and, if wanted, N of core/mlp.h at the time of the gates; see cpu/mlp_trace.h.
+template <typename T>
+__device__ void mix(const MlpSolve<T>& solve, const TileLayout& layout, T* shared) {
+  const auto& field = solve.field;
+  const int last = field.layers - 1, features = int(field.features);
+  const T* first = shared + layout.weight[0];      // [D, first_stride]
+  const T* behind = shared + layout.weight[last];  // [in, last_stride]
+  const T* gate = shared + layout.gate[last];
+  const int first_stride = layout.weight_stride[0], last_stride = layout.weight_stride[last];
+  const auto trace = [&](int j, int i) {
+    T sum = T(0);
+    for (int d = 0; d < features; ++d) {
+      sum += first[d * first_stride + j] * gate[d * layout.timed] * behind[i * last_stride + d];
+    }
+    return sum;
+  };
+  const int width = int(field.layer[0].out);
+  if (last == 1) {
+    for_each_place(1, width, [&](int, int j) { shared[layout.mixed + j] = trace(j, j); });
+    return;
+  }
+  const int stride = layout.weight_stride[1];
+  for_each_place(width, stride, [&](int j, int i) {
+    const int place = j * stride + i;
+    const T n = i < field.layer[1].out ? trace(j, i) : T(0);
+    if (layout.unmixed >= 0) shared[layout.unmixed + place] = n;
+    shared[layout.mixed + place] = shared[layout.weight[1] + place] * n;
+  });
+}
+
+// The network at a time, or at times of the samples' own, `times[s * stride]`. The caller has put a
+// barrier between the last use of another time's and this, and puts one behind it.
+template <typename T>
+__device__ void set_time(const MlpSolve<T>& solve, const TileLayout& layout, T* shared,
+                         const T* times, int stride) {
+  const auto& field = solve.field;
+  const int features = int(field.time_features), half = features / 2, width = layout.timed;
+  T* const tau = shared + layout.tau;
+  for_each_place(features, width, [&](int f, int s) {
+    const T time = times[s * stride];
+    if (!field.fourier) {
+      tau[s] = time;
+    } else {
+      const T angle = time * (T((f < half ? f : f - half) + 1) * T(3.14159265358979323846));
+      tau[f * width + s] = f < half ? cosine(angle) : sine(angle);
+    }
+  });
+  barrier();
+  for (int l = 0; l < field.layers; ++l) {
+    const auto& layer = field.layer[l];
+    const int out = int(layer.out);
+    for_each_place(out, width, [&](int o, int s) {
+      const auto linear = [&](const T* weight, const T* bias) {
+        return linear_in_time<T>(weight, bias, tau + s, features, width, out, o);
+      };
+      T gate = T(1), shift = linear(layer.shift_weight, nullptr);
+      if (layer.gate_weight != nullptr)
+        gate = sigmoid<T>(linear(layer.gate_weight, layer.gate_bias));
+      if (layer.bias != nullptr) shift += gate * layer.bias[o];
+      shared[layout.gate[l] + o * width + s] = gate;
+      shared[layout.shift[l] + o * width + s] = shift;
+    });
+  }
+  if (!solve.closed_form) return;
+  barrier();
+  mix(solve, layout, shared);
+}
+
+// ---- layers -------------------------------------------------------------------------------------
+
+// Which columns a pass through the network has.
+struct Pass {
+  bool values;
+  bool tangents;
+
+  __device__ int first(int samples) const { return values ? 0 : samples; }
+  __device__ int count(int samples) const { return (int(values) + int(tangents)) * samples; }
+};
+
+// The probe's value that tangent k has at feature d.
+template <typename T>
+__device__ inline T probe_at(const Tile<T>& tile, int k, int d, int s) {
+  const auto& solve = tile.solve;
+  if (solve.probe == nullptr) return T(k == d);
+  return solve.probe[(k * tile.batch + tile.sample(s)) * tile.features() + d];
+}
+
+// What enters the network: z [D, samples] and the k-th tangent, where it enters there.
+template <typename T>
+__device__ void load_inputs(const Tile<T>& tile, const Pass& pass, const T* z, int k,
+                            Columns<T> x) {
+  const int samples = tile.samples();
+  for_each_place(tile.features(), samples, [&](int d, int s) {
+    if (pass.values) x.row(d)[s] = z[d * samples + s];
+    if (pass.tangents && !tile.solve.closed_form) {
+      x.row(d)[samples + s] = probe_at(tile, k, d, s);
+    }
+  });
+}
+
+// W x of a layer; for the closed form's tangents M x instead, or nothing where it has no product.
+template <typename T>
+__device__ void layer_product(const Tile<T>& tile, int l, const Pass& pass, Columns<T> x,
+                              Columns<T> y) {
+  const auto& layout = tile.layout;
+  const int samples = tile.samples(), first = pass.first(samples);
+  const bool closed = tile.solve.closed_form;
+  const int count = closed ? (pass.values ? samples : 0) : pass.count(samples);
+  product(tile.at(layout.weight[l]), layout.weight_stride[l], tile.out(l), tile.in(l),
+          x.from(first), count, y.from(first));
+  if (closed && pass.tangents && l == 1 && tile.last() == 2) {
+    product(tile.at(layout.mixed), layout.weight_stride[1], tile.out(1), tile.in(1),
+            x.from(samples), samples, y.from(samples));
+  }
+  const T* const context = tile.solve.context;
+  if (l > 0 || context == nullptr || !pass.values) return;
+  barrier();
+  for_each_place(samples, tile.out(0),
+                 [&](int s, int o) { y.row(o)[s] += context[tile.sample(s) * tile.out(0) + o]; });
+}
+
+// The tangents' products of a layer; behind the first the closed form's are all ones.
+template <typename T>
+__device__ inline T tangent_product(const Tile<T>& tile, int l, const Columns<T>& p, int o, int s) {
+  return l == 0 && tile.solve.closed_form ? T(1) : p.row(o)[tile.samples() + s];
+}
+
+// From a hidden layer's products to its outputs; x may be p.
+template <typename T>
+__device__ void activate_layer(const Tile<T>& tile, int l, const Pass& pass, Columns<T> p,
+                               Columns<T> x) {
+  const auto& layout = tile.layout;
+  const int samples = tile.samples();
+  T* const slopes = layout.slope[l] >= 0 ? tile.at(layout.slope[l]) : nullptr;
+  if (!pass.values) {
+    for_each_place(tile.out(l), samples, [&](int o, int s) {
+      x.row(o)[samples + s] = slopes[o * samples + s] * p.row(o)[samples + s];
+    });
+    return;
+  }
+  with_activation(tile.solve.field.activation, [&](auto kind) {
+    for_each_place(tile.out(l), samples, [&](int o, int s) {
+      const T gate = tile.timed(layout.gate[l], o, s), shift = tile.timed(layout.shift[l], o, s);
+      T slope;
+      const T a = activate<decltype(kind)::value, T>(gate * p.row(o)[s] + shift, slope);
+      const T scale = gate * slope;
+      if (pass.tangents) {
+        x.row(o)[samples + s] = scale * tangent_product(tile, l, p, o, s);
+      }
+      x.row(o)[s] = a;
+      if (slopes != nullptr) slopes[o * samples + s] = scale;
+    });
+  });
+}
+
+// Goes through all layers. `product_of(l)` is where a layer's products go, `input_of(l)` where its
+// inputs are, those of the first layer already there. Ends with a barrier.
+template <typename T, typename Products, typename Inputs>
+__device__ void through_layers(const Tile<T>& tile, const Pass& pass, const Products& product_of,
+                               const Inputs& input_of) {
+  for (int l = 0; l <= tile.last(); ++l) {
+    layer_product(tile, l, pass, input_of(l), product_of(l));
+    barrier();
+    if (l == tile.last()) return;
+    activate_layer(tile, l, pass, product_of(l), input_of(l + 1));
+    barrier();
+  }
+}
+
+// ---- the field ----------------------------------------------------------------------------------
+
+// Adds what a tangent gives to the sums of its samples: the divergence and the Jacobian's squares.
+// A sample's thread is always the same.
+template <typename T>
+__device__ void add_divergence(const Tile<T>& tile, int k, Columns<T> p, Columns<T> before) {
+  const auto& solve = tile.solve;
+  const auto& layout = tile.layout;
+  const int samples = tile.samples(), last = tile.last();
+  T* const sums = tile.at(layout.sums);
+  for_each_place(1, samples, [&](int, int s) {
+    T sum = T(0), squares = T(0);
+    if (solve.closed_form) {
+      for (int i = 0; i < tile.in(last); ++i) {
+        const T d = before.row(i)[samples + s];
+        sum += last == 1 ? d * tile.at(layout.mixed)[i] : d;
+      }
+    } else {
+      for (int d = 0; d < tile.features(); ++d) {
+        const T image = tile.timed(layout.gate[last], d, s) * p.row(d)[samples + s];
+        sum += probe_at(tile, k, d, s) * image;
+        squares += image * image;
+      }
+    }
+    sums[s] += sum * solve.probe_weight;
+    sums[samples + s] += squares * solve.probe_weight;
+  });
+}
+
+// The rates k [rows, samples] of the state whose z [D, samples] is given, at the time that is set;
+// those of extras that are not wanted are 0. Begins and ends with a barrier.
+template <typename T>
+__device__ void evaluate(const Tile<T>& tile, bool with_divergence, const T* z, T* rates) {
+  const auto& solve = tile.solve;
+  const auto& layout = tile.layout;
+  const int samples = tile.samples(), last = tile.last(), features = tile.features();
+  const int tangents = with_divergence ? int(solve.tangents) : 0;
+  // Layers read one of two buffers and write the other; outputs stay where the products were.
+  const auto x = [&](int l) { return tile.columns(layout.x[l % 2]); };
+  const auto y = [&](int l) { return tile.columns(layout.x[(l + 1) % 2]); };
+  T* const sums = tile.at(layout.sums);
+  T* const extras = rates + features * samples;
+
+  barrier();
+  for (int k = 0; k == 0 || k < tangents; ++k) {
+    const Pass pass = {k == 0, k < tangents};
+    load_inputs(tile, pass, z, k, x(0));
+    if (k == 0) for_each_place(2, samples, [&](int i, int s) { sums[i * samples + s] = T(0); });
+    barrier();
+    through_layers(tile, pass, y, x);
+    if (pass.values) {
+      for_each_place(features, samples, [&](int d, int s) {
+        rates[d * samples + s] = tile.timed(layout.gate[last], d, s) * y(last).row(d)[s] +
+                                 tile.timed(layout.shift[last], d, s);
+      });
+    }
+    if (pass.tangents) add_divergence(tile, k, y(last), x(last));
+    barrier();
+  }
+  const int rows = int(extra_rows(solve));
+  if (rows == 0) return;
+  for_each_place(1, samples, [&](int, int s) {
+    T squares = T(0);
+    for (int d = 0; solve.kinetic && d < features; ++d) {
+      const T f = rates[d * samples + s];
+      squares += f * f;
+    }
+    extras[s] = with_divergence ? sums[s] * solve.sign : T(0);
+    if (solve.kinetic) {
+      extras[samples + s] = with_divergence ? squares * solve.kinetic_weight : T(0);
+    }
+    if (solve.jacobian) {
+      extras[(rows - 1) * samples + s] =
+          with_divergence ? sums[samples + s] * solve.jacobian_weight : T(0);
+    }
+  });
+  barrier();
+}
+
+// ---- a step -------------------------------------------------------------------------------------
+
+// Whether the extras' rates at a stage have a weight in the solution or in the error.
+template <typename T>
+__device__ inline bool needs_divergence(const MlpSolve<T>& solve, const Tableau& tableau,
+                                        int stage) {
+  return solve.tangents > 0 && (tableau.b[stage] != 0 || tableau.e[stage] != 0 || stage == 0 ||
+                                (stage == tableau.stages - 1 && tableau.solution_is_last_stage));
+}
+
+// A tile's derivatives at all stages, [rows, samples] each.
+template <typename T>
+struct StageRows {
+  T* first;
+  int64_t stride;
+  int swapped;  // the stage that has changed places with the first; 0 for none
+
+  __device__ T* row(int i) const {
+    return first + (i == 0 ? swapped : i == swapped ? 0 : i) * stride;
+  }
+};
+
+// A method's weights in the state's dtype.
+template <typename T>
+struct Weights {
+  T a[kMaxStages][kMaxStages];
+  T b[kMaxStages];
+  T e[kMaxStages];
+};
+
+template <typename T>
+__device__ void load_method(const Tableau& tableau, Weights<T>& weights) {
+  for_each_place(tableau.stages, tableau.stages, [&](int i, int j) {
+    weights.a[i][j] = T(tableau.a[i][j]);
+    if (i > 0) return;
+    weights.b[j] = T(tableau.b[j]);
+    weights.e[j] = T(tableau.e[j]);
+  });
+}
+
+// Σ_j weights_j k_j[i] over the weights that are not zero.
+template <typename T>
+__device__ inline T combined(const StageRows<T>& k, const T* weights, int count, int i) {
+  T sum = T(0);
+  for (int j = 0; j < count; ++j) {
+    if (weights[j] != T(0)) sum += k.row(j)[i] * weights[j];
+  }
+  return sum;
+}

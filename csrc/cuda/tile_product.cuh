@@ -1,0 +1,224 @@
+// Products of matrices in shared memory by a block of threads. A thread makes a rectangle of the
+// result in registers from groups of 16 bytes. Rows of a matrix are odd multiples of 16 bytes apart
+// (cuda/mlp_layout.h).
+//
+// A weight is read as its transpose w [in, out], `w_stride` numbers from row to row, zeros behind the
+// last output. Columns are a multiple of kFull.
+#pragma once
+
+#include "cuda/device.cuh"
+
+namespace pycnf {
+
+// One matrix of columns: rows `stride` apart.
+template <typename T>
+struct Columns {
+  T* at;
+  int stride;
+
+  __device__ T* row(int i) const { return at + i * stride; }
+  __device__ Columns from(int column) const { return {at + column, stride}; }
+};
+
+__device__ inline int ceil_div(int x, int y) { return (x + y - 1) / y; }
+
+__device__ inline int least(int x, int y) { return x < y ? x : y; }
+
+// y [out, count] = wᵀ x. A thread's rectangle: kRows groups of outputs times kGroups of columns,
+// neither of which lie side by side, so that neighbouring threads read what does.
+template <int kRows, int kGroups, typename T>
+__device__ void product_in(const T* w, int w_stride, int out, int in, Columns<T> x, int count,
+                           Columns<T> y) {
+  constexpr int kWide = kFull<T>;
+  const int rows = ceil_div(out, kWide), groups = count / kWide;
+  const int row_tiles = ceil_div(rows, kRows), column_tiles = ceil_div(groups, kGroups);
+  for (int tile = threadIdx.x; tile < row_tiles * column_tiles; tile += blockDim.x) {
+    const int first_row = tile % row_tiles, first_group = tile / row_tiles;
+    const T* from[kRows];
+    const T* with[kGroups];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      from[r] = w + least(first_row + r * row_tiles, rows - 1) * kWide;
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      with[g] = x.at + least(first_group + g * column_tiles, groups - 1) * kWide;
+    }
+    T sum[kRows][kWide][kGroups][kWide] = {};
+#pragma unroll 4
+    for (int i = 0; i < in; ++i) {
+      Group<T, kWide> a[kRows], b[kGroups];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) a[r] = fetch<kWide>(from[r] + i * w_stride);
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) b[g] = fetch<kWide>(with[g] + i * x.stride);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int e = 0; e < kWide; ++e) {
+#pragma unroll
+          for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+            for (int c = 0; c < kWide; ++c) sum[r][e][g][c] += a[r].value[e] * b[g].value[c];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int e = 0; e < kWide; ++e) {
+        const int o = (first_row + r * row_tiles) * kWide + e;
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          const int group = first_group + g * column_tiles;
+          if (o >= out || group >= groups) continue;
+          Group<T, kWide> result;
+#pragma unroll
+          for (int c = 0; c < kWide; ++c) result.value[c] = sum[r][e][g][c];
+          store<kWide>(y.row(o) + group * kWide, result);
+        }
+      }
+    }
+  }
+}
+
+// Larger rectangles read less for each product, as long as every thread has one.
+template <typename T>
+__device__ void product(const T* w, int w_stride, int out, int in, Columns<T> x, int count,
+                        Columns<T> y) {
+  const int groups = ceil_div(out, kFull<T>) * (count / kFull<T>);
+  if (groups >= 4 * int(blockDim.x)) {
+    product_in<2, 2>(w, w_stride, out, in, x, count, y);
+  } else if (groups >= 2 * int(blockDim.x)) {
+    product_in<1, 2>(w, w_stride, out, in, x, count, y);
+  } else {
+    product_in<1, 1>(w, w_stride, out, in, x, count, y);
+  }
+}
+
+// y [in, count] = w u. A thread's rectangle: kRows inputs times kGroups groups of columns.
+template <int kRows, int kGroups, typename T>
+__device__ void turned_product_in(const T* w, int w_stride, int out, int in, Columns<T> u,
+                                  int count, Columns<T> y) {
+  constexpr int kWide = kFull<T>;
+  const int groups = count / kWide;
+  const int row_tiles = ceil_div(in, kRows), column_tiles = ceil_div(groups, kGroups);
+  for (int tile = threadIdx.x; tile < row_tiles * column_tiles; tile += blockDim.x) {
+    const int first_row = tile % row_tiles, first_group = tile / row_tiles;
+    const T* from[kRows];
+    const T* with[kGroups];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      from[r] = w + least(first_row + r * row_tiles, in - 1) * w_stride;
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      with[g] = u.at + least(first_group + g * column_tiles, groups - 1) * kWide;
+    }
+    T sum[kRows][kGroups][kWide] = {};
+    for (int o = 0; o < out; o += kWide) {
+      Group<T, kWide> a[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) a[r] = fetch<kWide>(from[r] + o);
+#pragma unroll
+      for (int e = 0; e < kWide; ++e) {
+        // Behind the last output the weight has zeros; the last row again is as good as any.
+        const int row = least(o + e, out - 1) * u.stride;
+        Group<T, kWide> b[kGroups];
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) b[g] = fetch<kWide>(with[g] + row);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+          for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+            for (int c = 0; c < kWide; ++c) sum[r][g][c] += a[r].value[e] * b[g].value[c];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int i = first_row + r * row_tiles;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const int group = first_group + g * column_tiles;
+        if (i >= in || group >= groups) continue;
+        Group<T, kWide> result;
+#pragma unroll
+        for (int c = 0; c < kWide; ++c) result.value[c] = sum[r][g][c];
+        store<kWide>(y.row(i) + group * kWide, result);
+      }
+    }
+  }
+}
+
+template <typename T>
+__device__ void turned_product(const T* w, int w_stride, int out, int in, Columns<T> u, int count,
+                               Columns<T> y) {
+  const int groups = in * (count / kFull<T>);
+  if (groups >= 8 * int(blockDim.x)) {
+    turned_product_in<4, 2>(w, w_stride, out, in, u, count, y);
+  } else if (groups >= 4 * int(blockDim.x)) {
+    turned_product_in<4, 1>(w, w_stride, out, in, u, count, y);
+  } else {
+    turned_product_in<2, 1>(w, w_stride, out, in, u, count, y);
+  }
+}
+
+// sum [in, sum_stride] += x uᵀ over `count` columns; sum anywhere in memory. A thread's rectangle:
+// kRows inputs times as many outputs.
+template <int kRows, typename T>
+__device__ void add_outer_in(int out, int in, Columns<T> u, Columns<T> x, int count, T* sum,
+                             int sum_stride) {
+  constexpr int kWide = kFull<T>;
+  const int out_tiles = ceil_div(out, kRows), in_tiles = ceil_div(in, kRows);
+  for (int tile = threadIdx.x; tile < out_tiles * in_tiles; tile += blockDim.x) {
+    const int first_out = tile % out_tiles, first_in = tile / out_tiles;
+    const T* from[kRows];
+    const T* with[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      from[r] = u.row(least(first_out + r * out_tiles, out - 1));
+      with[r] = x.row(least(first_in + r * in_tiles, in - 1));
+    }
+    T part[kRows][kRows] = {};
+    for (int c = 0; c < count; c += kWide) {
+      Group<T, kWide> a[kRows], b[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        a[r] = fetch<kWide>(from[r] + c);
+        b[r] = fetch<kWide>(with[r] + c);
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int o = 0; o < kRows; ++o) {
+#pragma unroll
+          for (int e = 0; e < kWide; ++e) part[i][o] += b[i].value[e] * a[o].value[e];
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int o = 0; o < kRows; ++o) {
+        const int row = first_in + i * in_tiles, column = first_out + o * out_tiles;
+        if (row < in && column < out) sum[int64_t(row) * sum_stride + column] += part[i][o];
+      }
+    }
+  }
+}
+
+template <typename T>
+__device__ void add_outer(int out, int in, Columns<T> u, Columns<T> x, int count, T* sum,
+                          int sum_stride) {
+  if (out * in >= 16 * int(blockDim.x)) {
+    add_outer_in<4>(out, in, u, x, count, sum, sum_stride);
+  } else {
+    add_outer_in<2>(out, in, u, x, count, sum, sum_stride);
+  }
+}
+
+}  // namespace pycnf
