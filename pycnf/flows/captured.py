@@ -59,6 +59,8 @@ _STEPS = 64
 # Recorded solves of one flow that are kept.
 _KEPT = 8
 _DEVICES = ("cuda",)
+# Weights of a layer from which on a network is wide.
+WIDE = 128 * 128
 _MISSING: Any = object()
 
 
@@ -177,6 +179,13 @@ def is_own(field: Any) -> bool:
     return has_forward_mode(field) and all(type(each) in LAYERS.values() for each in field.layers)
 
 
+def is_wide(field: Any) -> bool:
+    """Whether a field is an `MLP` whose products outweigh the passes between them."""
+    if not has_forward_mode(field):
+        return False
+    return any(layer.in_features * layer.out_features >= WIDE for layer in field.layers)
+
+
 def is_recordable(field: Any, gradient: str) -> bool:
     """Whether a flow's solves could be replayed on a GPU, as far as its field and gradient go."""
     if not isinstance(field, nn.Module) or hooked(field) is not None:
@@ -264,7 +273,7 @@ class Recording:
         self.probe = None if problem.probe is None else static_like(problem.probe)
         self.context = None if context is None else static_like(context)
         self.problem = replace(problem, probe=self.probe, stats=SolveStats())
-        self.dynamics = Dynamics(self.problem)
+        self.dynamics = Dynamics(self.problem, compiled=is_wide(problem.field))
         self.ops: Any = kernels(x)
 
         def numbers(*shape: int) -> Tensor:
