@@ -4,6 +4,7 @@ Here on the CPU, which has the same ops: the numbers are those of the layers in 
 """
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,11 +45,11 @@ def field_of(hidden=(5, 4), **settings):
     return MLP(2, hidden, **settings).to(DOUBLE)
 
 
-def problem_of(field, probe, regularizers=None, per_sample=False):
+def problem_of(field, probe, regularizers=None, compiled=False):
     control = AdaptiveControl(1e-5, 1e-5)
     return Problem(
         field, TABLEAUX["dopri5"], control, 0.0, 1.0, True, probe, -1.0, regularizers or {},
-        per_sample,
+        compiled=compiled,
     )  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def test_right_hand_side(evaluate, layer, exact, hidden, regularizers):
     probe = None if exact else torch.randn(2, 7, 2, dtype=DOUBLE)
     context = torch.randn(7, 3, dtype=DOUBLE)
     problem = problem_of(field, probe, regularizers)
-    plain, compiled = Dynamics(problem), Dynamics(problem, compiled=True)
+    plain, compiled = Dynamics(problem), Dynamics(replace(problem, compiled=True))
     with Watch() as watch:
         mine = outcome(compiled, evaluate, context, probe)
     op = "mlp_value_jvp" if "jacobian" in regularizers else "mlp_value_divergence"
@@ -115,33 +116,27 @@ def test_right_hand_side(evaluate, layer, exact, hidden, regularizers):
 def test_fourier_time_and_a_context_for_all(context):
     field = field_of(time=("fourier", 4), context=0 if context is None else 3)
     problem = problem_of(field, None)
-    plain, compiled = Dynamics(problem), Dynamics(problem, compiled=True)
+    plain, compiled = Dynamics(problem), Dynamics(replace(problem, compiled=True))
     for a, b in zip(*(outcome(each, stages, context, None) for each in (compiled, plain))):
         close(a, b)
 
 
 def test_where_the_ops_do_not_serve():
     for layer in ("blend", "hyper"):
-        dynamics = Dynamics(problem_of(field_of(layer=layer), None), compiled=True)
+        dynamics = Dynamics(problem_of(field_of(layer=layer), None, compiled=True))
         with Watch() as watch:
             outcome(dynamics, stages, None, None)
         assert watch.names == []
     hooked = field_of()
     hooked.register_forward_hook(lambda *_: None)
-    assert not Dynamics(problem_of(hooked, None), compiled=True).compiled
+    assert not Dynamics(problem_of(hooked, None, compiled=True)).compiled
 
 
 def test_without_a_record():
-    dynamics = Dynamics(problem_of(field_of(), None), compiled=True)
+    dynamics = Dynamics(problem_of(field_of(), None, compiled=True))
     with torch.no_grad():
         parts = moment(dynamics, points(7), None, None)[0]
     assert not any(part.requires_grad for part in parts)
-
-
-def test_a_network_is_wide_by_its_widest_product():
-    assert not captured.is_wide(MLP(2, (128, 127)))
-    assert captured.is_wide(MLP(2, (128, 128)))
-    assert not captured.is_wide(torch.nn.Linear(500, 500))
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
@@ -151,11 +146,15 @@ def test_a_network_is_wide_by_its_widest_product():
 def test_recorded_flows(monkeypatch, method, divergence, regularizers, layer):
     """Solves and gradients of recorded steps, as many as by layers in PyTorch."""
     monkeypatch.setattr(captured, "_DEVICES", ("cpu",))
+    problem = CNF._problem
     field = field_of((8, 8), layer=layer, context=1)
     x, context = points(9), torch.randn(9, 1, dtype=DOUBLE)
 
     def train(wide):
-        monkeypatch.setattr(captured, "WIDE", 0 if wide else 1 << 30)
+        def compiled(*args):
+            return replace(problem(*args), compiled=wide)
+
+        monkeypatch.setattr(CNF, "_problem", compiled)
         flow = CNF(
             field, method=method, engine="generic", cuda_graph=True, rtol=1e-4, atol=1e-4,
             divergence=divergence, regularizers=regularizers,
@@ -173,3 +172,35 @@ def test_recorded_flows(monkeypatch, method, divergence, regularizers, layer):
     mine, own = train(True)
     assert own == counts
     close(mine, expected, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fits", "why"),
+    [
+        ({}, True, None),
+        ({"steps": "per-sample"}, True, None),
+        ({}, False, "does not fit"),
+        ({"steps": "per-sample"}, False, "does not fit"),
+        ({"method": "rk4", "options": {"num_steps": 3}}, False, "does not fit"),
+        ({"gradient": "continuous"}, True, "gradient='continuous'"),
+        ({"gradient": "seminorm"}, True, "gradient='seminorm'"),
+        ({"t1": torch.nn.Parameter(torch.tensor(0.8, dtype=DOUBLE))}, True, "t0 and t1"),
+    ],
+)
+def test_what_a_gpu_does_not_solve_in_one_launch_goes_by_layers(monkeypatch, settings, fits, why):
+    module = importlib.import_module("pycnf.flows.cnf")
+    monkeypatch.setattr(module, "GPUS", ("cpu",))
+    monkeypatch.setattr(module, "fits_gpu", lambda *_: fits)
+    flow, plain = (CNF(field_of(), engine=e, **settings) for e in ("fused", "generic"))
+    assert ("a whole solve in one launch" in flow.explain()) == (why is None)
+    assert why is None or ("layer by layer" in flow.explain() and why in flow.explain())
+    found = []
+    for each in (flow, plain):
+        with Watch() as watch:
+            density = each.log_prob(points(5), seed=1)
+            gradients = torch.autograd.grad(density.sum(), list(each.field.parameters()))
+        found.append([density.detach(), *gradients])
+        ops = any(name.startswith("mlp_") for name in watch.names)
+        assert ops == (each is flow)
+    assert flow.stats.engine == "fused"
+    close(*found, 1e-9)

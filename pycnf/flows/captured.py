@@ -59,8 +59,6 @@ _STEPS = 64
 # Recorded solves of one flow that are kept.
 _KEPT = 8
 _DEVICES = ("cuda",)
-# Weights of a layer from which on a network is wide.
-WIDE = 128 * 128
 _MISSING: Any = object()
 
 
@@ -179,13 +177,6 @@ def is_own(field: Any) -> bool:
     return has_forward_mode(field) and all(type(each) in LAYERS.values() for each in field.layers)
 
 
-def is_wide(field: Any) -> bool:
-    """Whether a field is an `MLP` whose products outweigh the passes between them."""
-    if not has_forward_mode(field):
-        return False
-    return any(layer.in_features * layer.out_features >= WIDE for layer in field.layers)
-
-
 def is_recordable(field: Any, gradient: str) -> bool:
     """Whether a flow's solves could be replayed on a GPU, as far as its field and gradient go."""
     if not isinstance(field, nn.Module) or hooked(field) is not None:
@@ -245,6 +236,7 @@ def key_of(
         None if context is None else (context.shape, context.dtype, context.requires_grad),
         None if problem.probe is None else problem.probe.shape,
         problem.tableau.name,
+        problem.compiled,
         dataclasses.replace(control, first_step=1.0 if given else None),
         (problem.direction, problem.sign, problem.divergence),
         tuple(problem.regularizers.items()),
@@ -273,7 +265,7 @@ class Recording:
         self.probe = None if problem.probe is None else static_like(problem.probe)
         self.context = None if context is None else static_like(context)
         self.problem = replace(problem, probe=self.probe, stats=SolveStats())
-        self.dynamics = Dynamics(self.problem, compiled=is_wide(problem.field))
+        self.dynamics = Dynamics(self.problem)
         self.ops: Any = kernels(x)
 
         def numbers(*shape: int) -> Tensor:

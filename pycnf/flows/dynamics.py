@@ -70,8 +70,6 @@ class Dynamics:
 
     Args:
         problem: The solve.
-        compiled: An `MLP` is evaluated by the compiled ops, where they serve it, and not layer by
-            layer in PyTorch: on a GPU a product and a pass over memory for each layer.
 
     Attributes:
         evaluations: How often the field has been evaluated.
@@ -79,10 +77,10 @@ class Dynamics:
             where they have none (dopri5's second stage) no divergence is needed.
     """
 
-    def __init__(self, problem: Problem, compiled: bool = False) -> None:
+    def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.forward_mode = has_forward_mode(problem.field)
-        self.compiled = compiled and self.forward_mode
+        self.compiled = problem.compiled and self.forward_mode
         self.evaluations = 0
         tableau = problem.tableau
         self.full = [weight != 0 for weight in tableau.b]
