@@ -665,8 +665,18 @@ def test_a_tensor_on_the_cpu_is_refused(ops, name, at):
         result = call(*reports(name, tuple(arguments)))
         assert_norms(result, getattr(cpu, name)(*copies(CALLS[name])))
         return
-    with pytest.raises(RuntimeError, match=r"must (be|have|hold) "):
+    argument = call.default._schema.arguments[at].name
+    told = f"^{argument} must be on the GPU" if argument in ("y0", "y", "norms") else r"\bmust "
+    with pytest.raises(RuntimeError, match=told):
         call(*reports(name, tuple(arguments)))
+
+
+@pytest.mark.parametrize("name", ["rk_combine", "attempt_combine"])
+def test_rows_on_the_cpu_are_refused(ops, name):
+    arguments = list(moved(CALLS[name]))
+    arguments[1][-1] = CALLS[name][1][-1]
+    with pytest.raises(RuntimeError, match=r"^k must have the 6 values, dtype and device of y0"):
+        getattr(ops, name)(*arguments)
 
 
 @pytest.mark.parametrize(

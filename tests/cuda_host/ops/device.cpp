@@ -2,8 +2,8 @@
 // Tensors there are told from the CPU's, so what has to be on a GPU is checked as it is with one.
 //
 // Memory begins as NaN, so that a result which nobody wrote shows, and lies between guards, which
-// are looked at by cuda_host_broken_guards(). What torch does with tensors besides allocating, viewing and
-// copying is done on the CPU, with copies to it and back.
+// are looked at by cuda_host_broken_guards(). What torch does with tensors besides allocating,
+// viewing and copying is done on the CPU, with copies to it and back. There are no gradients.
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
@@ -99,7 +99,7 @@ at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride,
                                            c10::dtype_or_default(dtype));
 }
 
-// Copies between host and device, and what is done on the CPU.
+// Copies between host and device, and what is done on the CPU: there a host would wait for a GPU.
 int64_t waits = 0;
 
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
