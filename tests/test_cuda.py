@@ -4,12 +4,14 @@ Rounding decides step counts, so "equal" between CPU and CUDA means the same bit
 arithmetic is +, -, *, / and sqrt.
 """
 
+import copy
 import functools
 import importlib
 import itertools
 import math
 import warnings
 
+import fused_cases
 import kernel_cases
 import pytest
 import torch
@@ -29,8 +31,10 @@ from kernel_cases import (
     assert_same_bits,
     normal,
 )
+from test_cnf_fused import field_of, outcome, points
 
 import pycnf
+from bench import cuda_forward
 from pycnf import _C, _ops, reference
 
 pytestmark = pytest.mark.cuda
@@ -1158,6 +1162,80 @@ def test_a_flow_that_draws_cannot_be_recorded():
     with pytest.warns(UserWarning, match="it draws random numbers"):
         # The first solve may end before a replay shows it.
         [train_flow(flow, x) for _ in range(3)]
+
+
+# ---- solves of narrow networks, a launch each ----------------------------------------------------
+
+
+@pytest.fixture
+def pair():
+    """The fused engine on the GPU and on the CPU."""
+
+    def flows(field, **settings):
+        fields = (copy.deepcopy(field).to(DEVICE), field)
+        return [pycnf.CNF(each, engine="fused", **settings) for each in fields]
+
+    return flows
+
+
+class TestFused(fused_cases.FusedCases):
+    close = 1e-10
+
+    @pytest.mark.parametrize("dtype", [F32, F64], ids=["f32", "f64"])
+    def test_a_large_batch(self, pair, dtype):
+        flows = pair(field_of(hidden=(64, 64, 64), scale=2.0).to(dtype))
+        if dtype == F64:
+            self.same(flows, points(5000), seed=3)
+            return
+        (mine, _), (other, _) = (outcome(flow, points(5000).float(), seed=3) for flow in flows)
+        for a, b in zip(mine, other, strict=True):
+            assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6
+
+    def test_a_tape_that_grows(self, pair):
+        """A thousand steps of such a state are more than is made room for at first, which is 64."""
+        flows = pair(field_of(), options={"max_step": 0.01})
+        _, accepted, _ = self.same(flows, points(3000), seed=3)
+        assert accepted >= 100
+
+    def test_nothing_waits_for_the_gpu(self, pair):
+        flow, _ = pair(field_of(hidden=(64, 64, 64)))
+        x = points(300).to(DEVICE)
+        for _ in range(2):
+            train_flow(flow, x)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            _, counts = train_flow(flow, x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert flow.stats.engine == "fused" and counts[1] > 0
+
+    def test_launches(self, pair):
+        """Of pycnf's kernels one for a solve, two for its gradient and its sums."""
+        flow, _ = pair(field_of(hidden=(64, 64, 64)))
+        x = points(300).to(DEVICE).requires_grad_()
+        probe = torch.ones_like(x).detach().unsqueeze(0)
+
+        def launched(work):
+            work()
+            names = cuda_forward.launches(work, torch.device(DEVICE))
+            if not names:
+                pytest.skip("the profiler sees no kernels here")
+            return [name for name in names if "mlp_" in name or "pycnf" in name]
+
+        with torch.no_grad():
+            (solve,) = launched(lambda: flow(x, probe=probe))
+        assert "mlp_solve_kernel" in solve
+        names = launched(lambda: flow(x, probe=probe)[1].sum().backward())
+        assert len(names) == 3 and "mlp_gradient_kernel" in names[1]
+
+    @pytest.mark.parametrize("name", ["x", "probe", "context"])
+    def test_what_is_on_the_cpu_is_named(self, pair, name):
+        flow, _ = pair(field_of(context=2))
+        given = {"x": points(3), "context": points(3, 2), "probe": points(3).unsqueeze(0)}
+        given = {key: each if key == name else each.to(DEVICE) for key, each in given.items()}
+        with pytest.raises(ValueError, match=f"^{name}: got a tensor on cpu, expected"):
+            flow(**given)
 
 
 # ---- attempts as they are written, for compute-sanitizer -----------------------------------------
