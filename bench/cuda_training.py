@@ -33,6 +33,7 @@ _METHOD, _TOLERANCE = "dopri5", 1e-5
 # What losses may differ by, of a number of about 1 to 100: all take steps of their own.
 _BOUNDS = {f"{OURS}, tf32": 1e-2, f"{OURS}, bf16": 5e-2}
 _BOUND = 2e-4
+_DEVICE = torch.device("cuda")
 _LIMIT = 20.0  # seconds for a row of a peer, and for the rounds of a case
 _FOR_PEERS = 0.75  # of all seconds
 
@@ -231,7 +232,7 @@ class Training:
         """Interleaved times of those that are fast enough, the first time of the others."""
         slow = {name for name in steps if name in (PEER, DIFFRAX) and once[name] > self.limit / 4}
         slow.discard(DIFFRAX)  # its first time is that of compiling
-        rounds = self.rounds or (5 if case.batch <= 10_000 else 3)
+        rounds = self.rounds or (3 if case.target is None else 5)
         runs = {name: step for name, step in steps.items() if name not in slow}
         while True:
             try:
@@ -293,11 +294,16 @@ def run(options: Options) -> Iterator[Row | str]:
         yield reason
         return
     yield from remarks()
-    training = Training(torch.device("cuda"), options.rounds, options.seconds)
+    training = Training(_DEVICE, options.rounds, options.seconds)
     for case in cases():
-        if options.has(case.title):
+        if not options.has(case.title):
+            continue
+        try:
             yield from training.rows(case)
-            training.free()
+        except Exception as error:
+            training.failures.append(f"{case.title} failed ({first_line(error)})")
+            yield f"{training.failures[-1]}."
+        training.free()
     if training.failures:
         raise RuntimeError("; ".join(training.failures))
 

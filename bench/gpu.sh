@@ -16,7 +16,7 @@ fi
 # The part that is cut off gets ten more seconds to say what it had, and the report a few.
 readonly deadline=$((SECONDS + 500))
 # Seconds that are left for each part even if all before it take all they may.
-readonly tests=100 forward=35 training=95 cuda=60 memcheck=45
+readonly tests=100 forward=35 training=95 cuda=60 memcheck=45  # and the build's: 165
 
 sees_gpu() {
   timeout 60 "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' >/dev/null 2>&1
@@ -101,7 +101,7 @@ part cuda_forward $((training + cuda + memcheck)) \
 part cuda_training $((cuda + memcheck)) \
   "$python" -m bench cuda_training --seconds LIMIT --out "$out" ||
   tail -n 30 "$out/cuda_training.log" >&2
-part cuda $memcheck "$python" -m bench cuda --out "$out" ||
+part cuda $memcheck "$python" -m bench cuda --rounds 5 --out "$out" ||
   tail -n 30 "$out/cuda.log" >&2
 
 # Some tests of every kernel: groups cut off at the end, views without alignment, tables of pieces.

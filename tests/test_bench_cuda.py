@@ -342,6 +342,31 @@ def test_the_multiply_adds_compile(tmp_path):
     )
 
 
+@pytest.mark.parametrize("benchmark", [cuda_forward, cuda_training])
+def test_all_of_it(monkeypatch, benchmark):
+    """As on a GPU, with two small fields; a case that fails leaves the other its rows."""
+    only_torch(monkeypatch)
+    shapes = [("small", 2, (8, 8), "tanh"), ("bad", 2, (8, 8), "no such")]
+    for module in (cuda_forward, cuda_training):
+        monkeypatch.setattr(module, "absent", lambda: None)
+        monkeypatch.setattr(module, "_DEVICE", CPU)
+        monkeypatch.setattr(module, "SHAPES", shapes)
+    monkeypatch.setattr(cuda_forward, "SIZES", [16, 32])
+    monkeypatch.setattr(cuda_forward, "_BATCH", 16)
+    cases = [cuda_training.Case(*shape, 16) for shape in shapes]
+    monkeypatch.setattr(cuda_training, "cases", lambda: cases)
+    items = benchmark.run(Options(rounds=1))
+    found = []
+    with pytest.raises(RuntimeError, match="bad"):
+        found.extend(items)
+    rows = [item for item in found if isinstance(item, Row)]
+    remarks = [item for item in found if isinstance(item, str)]
+    assert any("small" in row.case for row in rows)
+    assert any("bad" in remark and "failed" in remark for remark in remarks)
+    if not torch.cuda.is_available() and benchmark is cuda_forward:
+        assert any("The rate of fused multiply-adds is unknown" in remark for remark in remarks)
+
+
 # ---- without a GPU -------------------------------------------------------------------------------
 
 

@@ -68,8 +68,8 @@ class CNF(nn.Module):
         max_num_steps: Largest number of attempted steps of an adaptive method.
         gradient: "discrete", "continuous", "seminorm" or "autograd".
         steps: "shared" by the batch or "per-sample"; then "continuous" means "seminorm".
-        engine: "fused" runs an `MLP` (`pycnf.nn.fuse` makes one of other modules) in f32 and f64,
-            on the CPU a whole solve in one call into compiled code, on a GPU, where the network fits
+        engine: "fused" runs an `MLP` (`pycnf.nn.fuse` makes one of other modules) in f32 and f64, on
+            the CPU a whole solve in one call into compiled code, on a GPU, where the network fits
             into the shared memory of a multiprocessor, in one launch; "generic" runs any field;
             "auto" takes the fused one where it can. `explain()` says which it is and why.
         base: Distribution with `log_prob` [B, D] -> [B] and `sample`; None for N(0, I).
