@@ -32,7 +32,7 @@ PRECISIONS = ("tf32", "3xtf32", "bf16")
 _METHOD, _TOLERANCE = "dopri5", 1e-5
 # What losses may differ by, of a number of about 1 to 100: all take steps of their own.
 _BOUNDS = {f"{OURS}, tf32": 1e-2, f"{OURS}, bf16": 5e-2}
-_BOUND = 2e-4
+_BOUND = 5e-5
 _DEVICE = torch.device("cuda")
 _LIMIT = 20.0  # seconds for a row of a peer, and for the rounds of a case
 _FOR_PEERS = 0.75  # of all seconds
