@@ -59,8 +59,8 @@ fi
 failed=0
 
 # part NAME LATER COMMAND...: runs it with a limit, logs to OUT/NAME.log, notes how it went. It may
-# take what is left but for LATER seconds, those of the parts behind it; LIMIT in the command becomes
-# ten seconds less, for what ends by itself.
+# take what is left but for LATER seconds, those of the parts behind it; LIMIT in the command
+# becomes ten seconds less, for what ends by itself.
 part() {
   local name=$1 limit=$((deadline - SECONDS - $2)) begin=$SECONDS status=0 state
   shift 2
