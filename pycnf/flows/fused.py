@@ -56,8 +56,12 @@ def solve_fused(
 
     Raises:
         SolveError: The solve cannot go on.
+        ValueError: A tensor is on another device than the field.
     """
     problem.stats.engine = "fused"
+    _check_device("x", x, problem.field.like, "the field's")
+    _check_device("context", context, x, "x's")
+    _check_device("probe", problem.probe, x, "x's")
     offset, tensors, _ = field_arguments(problem.field, x, context)
     if x.shape[0] == 0:
         zero = x.sum(1)
@@ -76,6 +80,11 @@ def solve_fused(
     # Compiled code has the regularizers in an order of its own.
     made = dict(zip(_rows(problem), extras[1:]))
     return z, extras[0], *(made[name] for name in problem.regularizers)
+
+
+def _check_device(name: str, given: Tensor | None, like: Tensor, whose: str) -> None:
+    if given is not None and given.device != like.device:
+        raise ValueError(f"{name}: got a tensor on {given.device}, expected {whose} {like.device}")
 
 
 def fits_gpu(
