@@ -270,10 +270,18 @@ def module_key(
         tuple(_place(x, device) for x in held),
         tuple(item for item in state.items() if item[0] not in counters),
         torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
-        torch.get_float32_matmul_precision(),
+        matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
     )
+
+
+def matmul_precision() -> str:
+    """How a GPU multiplies float32 matrices. PyTorch has two settings for it since 2.9, and raises
+    where the older one is asked for after the newer one was set.
+    """
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.get_float32_matmul_precision() if newer is None else newer
 
 
 def python_state(module: nn.Module, device: torch.device) -> dict[tuple[int, str], Any]:
