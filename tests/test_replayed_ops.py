@@ -226,6 +226,23 @@ def test_settings_of_torch():
     assert len(recording._kept[field]) == before + 3
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="since PyTorch 2.9"
+)
+def test_both_settings_of_precision():
+    """The older one cannot be read once the newer has been set."""
+    field = Field(F32)
+    matmul = torch.backends.cuda.matmul
+    precision = matmul.fp32_precision
+    try:
+        for each in ("ieee", "ieee", "tf32", "tf32"):
+            matmul.fp32_precision = each
+            both(field, state(dtype=F32), UP.float())
+    finally:
+        matmul.fp32_precision = precision
+    assert len(recording._kept[field]) == 2
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_recorded_work_leaves_the_parameters_own_nodes_alone(method):
     """They belong to the user's stream, for which no capture can wait. Hooks tell of them: here of
