@@ -1,5 +1,5 @@
-"""The fused engine's kernels for a GPU, run on a host (see host_ops.py), against the generic engine:
-results, steps and gradients, to rounding.
+"""The fused engine's kernels for a GPU, run on a host (see host_ops.py), against the generic
+engine: results, steps and gradients, to rounding.
 """
 
 import pytest
@@ -69,7 +69,8 @@ def test_layers(layer, time, context, kind):
     [((), 3), ((1,), 1), ((5,), 4), ((7, 3), 2), ((33, 34), 5), ((6, 9, 8), 3), ((4, 5, 4, 3), 2)],
 )
 def test_shapes(hidden, features, kind):
-    flows = pair(field_of(features, hidden), method="heun3", options={"num_steps": 2}, divergence=kind)
+    settings = {"method": "heun3", "options": {"num_steps": 2}, "divergence": kind}
+    flows = pair(field_of(features, hidden), **settings)
     assert_same(flows, points(5, features), **({"seed": 3} if kind == "hutchinson" else {}))
 
 

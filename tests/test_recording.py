@@ -47,8 +47,10 @@ class FakeCuda:
         @contextlib.contextmanager
         def stream(which):
             before, cuda.stream_now = cuda.stream_now, which.name
-            yield
-            cuda.stream_now = before
+            try:
+                yield
+            finally:
+                cuda.stream_now = before
 
         @contextlib.contextmanager
         def capture(graph, capture_error_mode):
@@ -96,6 +98,14 @@ def test_as_written_then_recorded_then_replayed(monkeypatch):
     assert cuda.since() == ["replay", "replay"]
     assert recorded.random is False
     assert cuda.stream_now == "main"
+
+
+def test_an_error_of_the_work_leaves_no_stream_behind(monkeypatch):
+    """What has been asked of the side stream is waited for all the same."""
+    cuda = FakeCuda(monkeypatch)
+    with pytest.raises(KeyError):
+        Recorded(lambda: {}["the field's own"], CUDA)()
+    assert cuda.since() == ["side waits for main", "main waits for side"]
 
 
 def test_before_graphs_could_be_kept(monkeypatch):

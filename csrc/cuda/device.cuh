@@ -69,6 +69,14 @@ __device__ inline T* shared_memory() {
   return reinterpret_cast<T*>(pycnf_shared);
 }
 
+// The same pointer, which the compiler then knows to be one into shared memory: where a function was
+// handed it, each access would look up which memory it is of.
+template <typename T>
+__device__ inline T* known_shared(T* at) {
+  T* const first = shared_memory<T>();
+  return first + int(at - first);
+}
+
 __device__ inline void barrier() { __syncthreads(); }
 
 // Of all blocks of a launch_together().

@@ -60,11 +60,15 @@ template <typename T>
 struct MlpGradientParams {
   TileSolve<T> tile;
   GradientPlaces places;
-  const double* times;  // [steps, 3]
+  const double* times;  // [steps, 3]: t, h and t_next
   const T* states;      // [steps, B, D]
   int64_t steps;
-  const T* z_bar;       // [B, D]
-  const T* extras_bar;  // [extras, B], or null: zeros
+  // Or with steps of the samples' own: times [rows, 4] and states [rows, D], each sample's newest
+  // row, and the one before each row, -1 for none.
+  const int64_t* previous;  // [rows], or null
+  const int64_t* newest;    // [B]
+  const T* z_bar;           // [B, D]
+  const T* extras_bar;      // [extras, B], or null: zeros
   // Scratch of each block.
   T* k;            // [blocks, 1 + 2 stages, rows, samples]
   T* sums;         // [blocks, places.numbers]

@@ -243,8 +243,8 @@ __device__ void product(const T* w, int w_stride, int out, int in, Columns<T> x,
     product(w, w_stride, out, in, x, count, y);
   } else {
     tensor_product<kPrecision, Terms::kRows, Terms::kRows>(
-        {w, w_stride, out}, {x.at, x.stride, count}, in,
-        [&](int o, int c, const Group<float, 4>& four) { store<4>(y.row(o) + c, four); });
+        {known_shared(w), w_stride, out}, {known_shared(x.at), x.stride, count}, in,
+        [&](int o, int c, const Group<float, 4>& four) { store<4>(known_shared(y.row(o) + c), four); });
   }
 }
 
@@ -256,8 +256,8 @@ __device__ void turned_product(const T* w, int w_stride, int out, int in, Column
     turned_product(w, w_stride, out, in, u, count, y);
   } else {
     tensor_product<kPrecision, Terms::kSideBySide, Terms::kRows>(
-        {w, w_stride, in}, {u.at, u.stride, count}, out,
-        [&](int i, int c, const Group<float, 4>& four) { store<4>(y.row(i) + c, four); });
+        {known_shared(w), w_stride, in}, {known_shared(u.at), u.stride, count}, out,
+        [&](int i, int c, const Group<float, 4>& four) { store<4>(known_shared(y.row(i) + c), four); });
   }
 }
 
@@ -269,7 +269,7 @@ __device__ void add_outer(int out, int in, Columns<T> u, Columns<T> x, int count
     add_outer(out, in, u, x, count, sum, sum_stride);
   } else {
     tensor_product<kPrecision, Terms::kSideBySide, Terms::kSideBySide>(
-        {x.at, x.stride, in}, {u.at, u.stride, out}, count,
+        {known_shared(x.at), x.stride, in}, {known_shared(u.at), u.stride, out}, count,
         [&](int i, int o, const Group<float, 4>& four) {
           T* const to = sum + int64_t(i) * sum_stride + o;
           auto total = fetch<4>(to);

@@ -16,10 +16,11 @@ from pycnf._ops import has_kernels, probe_keys, probe_sample
 from pycnf.nn.divergence import VectorField
 from pycnf.nn.fusion import why_not_fused
 from pycnf.nn.mlp import MLP
+from pycnf.odeint.arguments import choice
 from pycnf.odeint.tableau import TABLEAUX, Tableau
 from pycnf.warn import warn
 
-from .captured import Recordings, is_own
+from .captured import Recordings, is_own, is_recordable
 from .control import AdaptiveControl, FixedControl
 from .distributions import StandardNormal
 from .dynamics import REGULARIZERS, check_time_per_sample
@@ -68,10 +69,10 @@ class CNF(nn.Module):
         max_num_steps: Largest number of attempted steps of an adaptive method.
         gradient: "discrete", "continuous", "seminorm" or "autograd".
         steps: "shared" by the batch or "per-sample"; then "continuous" means "seminorm".
-        engine: "fused" runs an `MLP` (`pycnf.nn.fuse` makes one of other modules) in f32 and f64, on
-            the CPU a whole solve in one call into compiled code, on a GPU, where the network fits
-            into the shared memory of a multiprocessor, in one launch; "generic" runs any field;
-            "auto" takes the fused one where it can. `explain()` says which it is and why.
+        engine: "fused" runs an `MLP` (`pycnf.nn.fuse` makes one of other modules) in f32 and f64: on
+            the CPU, a whole solve in one call into compiled code; on a GPU, in one launch where the
+            network fits into a multiprocessor's shared memory. "generic" runs any field; "auto"
+            takes the fused one where it can. `explain()` says which it is and why.
         base: Distribution with `log_prob` [B, D] -> [B] and `sample`; None for N(0, I).
         regularizers: Weights of "kinetic", ∫‖f‖² dt, and "jacobian", ∫‖∂f/∂z‖_F² dt (RNODE, Finlay
             et al. 2020), left in `stats.regularizers` by each solve with a logdet. They are
@@ -79,8 +80,11 @@ class CNF(nn.Module):
         cuda_graph: On a GPU, records an attempted step once and replays it as a CUDA graph, and so
             for the discrete gradient: no kernel waits for Python. None for fields of `pycnf.nn`
             where that can be done; True for any module that does the same work every time, with a
-            warning where it cannot; False for never. For steps shared by the batch of adaptive
-            methods, with the discrete gradient or none.
+            warning where it cannot (none where the fused engine runs, which has nothing to record);
+            False for never. For steps shared by the batch of adaptive methods in f32 and f64, with
+            the discrete gradient or none. Numbers, strings and tensors that are attributes of the
+            field or of modules in it may change; all else that it reads from Python is read once,
+            at the recording.
 
     Attributes:
         stats: `SolveStats` of the newest forward; None before.
@@ -321,7 +325,9 @@ class CNF(nn.Module):
     def _is_recorded(self) -> bool:
         """Whether, on a GPU, solves of this flow are recorded, as far as it says itself."""
         wanted = is_own(self.field) if self.cuda_graph is None else self.cuda_graph
-        return wanted and self.steps == "shared" and TABLEAUX[self.method].adaptive
+        if not (wanted and self.steps == "shared" and TABLEAUX[self.method].adaptive):
+            return False
+        return is_recordable(self.field, self.gradient)
 
     def extra_repr(self) -> str:
         text = (
@@ -389,8 +395,7 @@ class CNF(nn.Module):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1")
-        if self.cuda_graph not in (None, True, False):
-            raise ValueError(f"cuda_graph: got {self.cuda_graph!r}, expected True, False or None")
+        choice("cuda_graph", self.cuda_graph)
         if not isinstance(self.keep_bytes, int) or self.keep_bytes < 0:
             raise ValueError(f"keep_bytes: got {self.keep_bytes!r}, expected a number of bytes")
         for name in ("rtol", "atol"):

@@ -21,7 +21,7 @@ from pycnf.odeint.autocast import autocast_of_now
 from pycnf.odeint.joined import JoinedSolver
 from pycnf.odeint.norms import AdjointNorm, flat_to_shapes
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
-from pycnf.odeint.recording import Borrowed
+from pycnf.odeint.recording import Borrowed, DerivedField
 from pycnf.odeint.solve import SOLVERS, adaptive_methods, make_solver, solve_without_graph
 from pycnf.odeint.stats import SolveStats
 from pycnf.odeint.until_event import solve_until_event
@@ -227,7 +227,7 @@ def _solve_joined(
     return [state[2] + grad[0], time_grads.to(s) if time_gradient else None, *state[3:]]
 
 
-class _AdjointField:
+class _AdjointField(DerivedField):
     """d/ds of (t-gradient, y, adj_y, *parameter gradients), for a forward field in ascending time.
 
     The state's parts are vjp_t, y, adj_y and one part per parameter, of which it looks at the first
@@ -250,6 +250,13 @@ class _AdjointField:
     def owner(self) -> Callable:
         """The forward field."""
         return self.problem.func
+
+    @property
+    def settings(self) -> tuple:
+        """What the values depend on beside the forward field and the parameters."""
+        problem = self.problem
+        shapes = None if problem.shapes is None else tuple(problem.shapes)
+        return problem.sign, shapes, problem.y0.dtype
 
     @property
     def stats(self) -> SolveStats:

@@ -4,31 +4,81 @@ long it is kept.
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pycnf._build import _C
+from pycnf._ops import has_kernels
+from pycnf.odeint.autocast import autocast_of_now
 from pycnf.odeint.problem import Problem
+from pycnf.odeint.rounding import real_dtype
+from pycnf.odeint.stats import SolveStats
 from pycnf.warn import warn
 
 # Recorded solves of one field that are kept.
 _KEPT = 32
 _DEVICES = ("cuda",)
+# Of states whose attempts can be recorded.
+RECORDED_DTYPES = (torch.float32, torch.float64)
 # Replays under way: one runs while the next waits, so the device never does.
 AHEAD = 2
 # Seconds without news after which it is looked at whether the device is still at work.
 _PATIENCE = 0.5
+_MISSING: Any = object()
+# Values of attributes that can be compared.
+_PLAIN = frozenset((int, float, complex, str, bytes, Enum, torch.dtype, torch.device, type(None)))
 
 _kept: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, RecordedSolve | None]] = (
     weakref.WeakKeyDictionary()
 )
+# Attributes that evaluations of a module count with: recordings do not depend on them.
+_counters: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()
+
+
+class DerivedField(abc.ABC):
+    """A field made of the user's, as the adjoint equation's is.
+
+    Attributes:
+        params: tensors that are differentiated.
+        solve: the problem at hand.
+    """
+
+    params: tuple[Tensor, ...]
+    solve: Problem | None
+
+    @property
+    @abc.abstractmethod
+    def owner(self) -> Any:
+        """The user's field."""
+
+    @property
+    @abc.abstractmethod
+    def settings(self) -> tuple:
+        """What the values depend on beside the user's field and `params`."""
+
+    @property
+    @abc.abstractmethod
+    def stats(self) -> SolveStats:
+        """Where evaluations are counted."""
+
+    @abc.abstractmethod
+    def recorded(self) -> DerivedField:
+        """The same for a recorded solve, which outlives this one and counts for itself."""
+
+    @abc.abstractmethod
+    def __call__(self, t: Tensor, y: Any) -> Any: ...
 
 
 class RecordedSolve(Protocol):
@@ -63,28 +113,48 @@ def from_recording(
         return None
     owner = _owner(problem)
     kept = _kept.setdefault(owner, OrderedDict())
-    key = (*_key(problem, owner), *settings)
-    if key not in kept:
-        kept[key] = record()
-        while len(kept) > _KEPT:
-            kept.popitem(last=False)
-    kept.move_to_end(key)
-    recorded = kept[key]
-    if recorded is None or not recorded.lock.acquire(blocking=False):
+    state = python_state(owner, problem.y0.device)
+    key = (*_key(problem, owner, state), *settings)
+    recorded = kept.get(key, _MISSING)
+    if recorded is None or not (recorded is _MISSING or recorded.lock.acquire(blocking=False)):
         return None  # not to be captured, as was said, or at work for another thread
     try:
-        return recorded.solve(solver)
+        if recorded is _MISSING and torch.is_grad_enabled():
+            _check_gradients(problem)
+        with _surroundings(problem):
+            if recorded is _MISSING:
+                recorded = record()
+                recorded.lock.acquire()
+            # The newest last, whatever other threads have thrown out.
+            kept.pop(key, None)
+            kept[key] = recorded
+            while len(kept) > _KEPT:
+                kept.popitem(last=False)
+            return recorded.solve(solver)
     except NotCaptured as error:
         kept[key] = None
         warn(f"cuda_graph: {type(owner).__name__} cannot be captured ({error}); solved without")
         return None
     finally:
-        recorded.lock.release()
+        if recorded is not _MISSING:
+            recorded.lock.release()
+        if new_counters(owner, state):
+            kept.pop(key, None)  # which it will not have again
+
+
+@contextlib.contextmanager
+def _surroundings(problem: Problem) -> Iterator[None]:
+    """Where a recording is made and used: in memory that any later solve may write, and without
+    autocast's kept casts of weights, which would stay out of it.
+    """
+    with torch.inference_mode(False), torch.no_grad(), autocast_of_now(problem.y0.device)():
+        yield
 
 
 def _owner(problem: Problem) -> Any:
     """The user's field, which an adjoint problem's field has behind it."""
-    return getattr(problem.func, "owner", problem.func)
+    func = problem.func
+    return func.owner if isinstance(func, DerivedField) else func
 
 
 def _obstacle(problem: Problem) -> str | None:
@@ -92,13 +162,10 @@ def _obstacle(problem: Problem) -> str | None:
     y0, owner = problem.y0, _owner(problem)
     if y0.device.type not in _DEVICES:
         return f"the state is on {y0.device}, not on a GPU"
-    if not isinstance(owner, nn.Module):
-        return (
-            f"func is a {type(owner).__name__}, no nn.Module, so a change of its parameters' "
-            "storage would go unseen"
-        )
-    if y0.is_cuda and torch.cuda.is_current_stream_capturing():
-        return "a capture is under way"
+    if isinstance(owner, DerivedField):
+        return "the gradient of a gradient is solved with the host"
+    if (reason := field_obstacle(owner, "func", y0)) is not None:
+        return reason
     if torch.is_grad_enabled() and any(
         x.requires_grad for x in (y0, problem.s, *owner.parameters())
     ):
@@ -110,15 +177,54 @@ def _obstacle(problem: Problem) -> str | None:
     return None
 
 
-def _key(problem: Problem, owner: nn.Module) -> tuple:
+def field_obstacle(field: Any, name: str, y: Tensor) -> str | None:
+    """Why no solve with this field and such states can be recorded, None if one can.
+
+    Args:
+        name: of the field, for the sentence.
+    """
+    if not isinstance(field, nn.Module):
+        return (
+            f"{name} is a {type(field).__name__}, no nn.Module, so a change of its parameters' "
+            "storage would go unseen"
+        )
+    if (module := hooked(field)) is not None:
+        return f"there are hooks on {type(module).__name__}, which a replay would not call"
+    if y.is_cuda and y.device.index != torch.cuda.current_device():
+        return f"the state is on {y.device}, which is not the current device"
+    if y.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a capture is under way"
+    return None
+
+
+def hooked(field: nn.Module) -> nn.Module | None:
+    """A module within this one that has hooks."""
+    for module in field.modules():
+        if (
+            module._forward_hooks or module._forward_pre_hooks
+            or module._backward_hooks or module._backward_pre_hooks
+        ):  # fmt: skip
+            return module
+    return None
+
+
+def adaptive_obstacle(y: Tensor) -> str | None:
+    """Why no adaptive solve of such states can be recorded, None if one can."""
+    if y.dtype not in RECORDED_DTYPES:
+        return f"the state is {y.dtype}; recorded solves are of float32 and float64 states"
+    if not has_kernels(y.dtype, y.device):
+        return f"pycnf was built without kernels for {y.device.type}"
+    return None
+
+
+def _key(problem: Problem, owner: nn.Module, state: dict) -> tuple:
     """What a recording depends on, but for the numbers that it reads from memory."""
-    y0 = problem.y0
-    held = (*owner.parameters(), *owner.buffers(), *getattr(problem.func, "params", ()))
+    y0, func = problem.y0, problem.func
     return (
-        type(problem.func),
-        tuple((x.data_ptr(), x.shape, x.requires_grad) for x in held),
-        tuple(module.training for module in owner.modules()),
-        torch.cuda.current_stream(y0.device).cuda_stream if y0.is_cuda else 0,
+        type(func),
+        module_key(owner, state, y0.device, func.params if isinstance(func, DerivedField) else ()),
+        func.settings if isinstance(func, DerivedField) else (),
+        torch.is_grad_enabled(),
         torch.is_autocast_enabled(y0.device.type) and torch.get_autocast_dtype(y0.device.type),
         y0.shape,
         y0.dtype,
@@ -128,6 +234,79 @@ def _key(problem: Problem, owner: nn.Module) -> tuple:
         tuple(problem.shapes or ()),
         len(problem.s),
     )
+
+
+def module_key(
+    module: nn.Module, state: dict, device: torch.device, more: Iterable[Tensor] = ()
+) -> tuple:
+    """What recorded evaluations of a module depend on.
+
+    Args:
+        state: its `python_state`.
+        more: tensors that are differentiated beside its own.
+    """
+    held = (*module.parameters(), *module.buffers(), *more)
+    counters = _counters.get(module, ())
+    return (
+        tuple(_place(x, device) for x in held),
+        tuple(item for item in state.items() if item[0] not in counters),
+        torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_default_dtype(),
+    )
+
+
+def python_state(module: nn.Module, device: torch.device) -> dict[tuple[int, str], Any]:
+    """What a module tree's forward may read from Python, as far as it is simple: kinds of modules,
+    and attributes that are numbers, strings or tensors.
+    """
+    found: dict[tuple[int, str], Any] = {}
+    for i, part in enumerate(module.modules()):
+        found[i, ""] = type(part)
+        for name, value in vars(part).items():
+            kind = type(value)
+            if kind is dict:
+                continue  # as most are, and `isinstance` with Tensor takes its time
+            if not _PLAIN.isdisjoint(kind.__mro__):
+                found[i, name] = (kind, value)
+            elif isinstance(value, Tensor):
+                found[i, name] = _place(value, device)
+    return found
+
+
+def new_counters(module: nn.Module, before: dict) -> bool:
+    """Whether evaluations since `before`, a `python_state`, have changed whole numbers, which from
+    now on are known as counters.
+    """
+    changed = set()
+    for i, part in enumerate(module.modules()):
+        for name, value in vars(part).items():
+            if type(value) is int and before.get((i, name)) != (int, value):
+                changed.add((i, name))
+    known = _counters.setdefault(module, set())
+    new = not changed <= known
+    known |= changed
+    return new
+
+
+def _place(x: Tensor, device: torch.device) -> tuple:
+    """Where a recording reads a tensor, and as what."""
+    if is_lazy(x) or x.layout != torch.strided:
+        return id(x), x.requires_grad
+    # A number on the host is no memory to a GPU: it is recorded itself.
+    value = x.item() if x.dim() == 0 and x.device.type == "cpu" != device.type else None
+    return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x.requires_grad, value
+
+
+def _check_gradients(problem: Problem) -> None:
+    """Raises NotCaptured where gradients flow to tensors that a field alone knows."""
+    y0 = problem.y0.detach().clone()
+    t = (problem.sign * problem.s[0].detach()).to(real_dtype(y0.dtype))
+    with torch.enable_grad():
+        fresh = replace(problem, stats=SolveStats(problem.method)).call(t, y0)
+    if any(part.requires_grad for part in fresh):
+        raise NotCaptured("gradients flow to tensors that are none of its parameters")
 
 
 class NotCaptured(Exception):
@@ -154,9 +333,11 @@ class Recorded:
         elif not self.warm:
             side, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
             side.wait_stream(current)
-            with torch.cuda.stream(side):
-                self.work()
-            current.wait_stream(side)
+            try:
+                with torch.cuda.stream(side):
+                    self.work()
+            finally:
+                current.wait_stream(side)
             self.warm = True
         else:
             if self.graph is None:
@@ -267,11 +448,11 @@ def borrowed(problem: Problem) -> Callable:
     own.
     """
     func = problem.func
-    return func.recorded() if hasattr(func, "recorded") else Borrowed(func)
+    return func.recorded() if isinstance(func, DerivedField) else Borrowed(func)
 
 
 def count_evaluations(problem: Problem, evaluations: int) -> None:
     """Counts evaluations that were replayed, for the field as well where it counts itself."""
     problem.stats.evaluations += evaluations
-    if hasattr(problem.func, "stats"):
+    if isinstance(problem.func, DerivedField):
         problem.func.stats.evaluations += evaluations
