@@ -103,7 +103,7 @@ def kernel_sources():
 
 def build_kernels(folder):
     """The kernels with functions of C to call them by."""
-    sources = [*kernel_sources(), SHIM / "checks.cu", SHIM / "entry.cpp"]
+    sources = [*kernel_sources(), *SHIM.glob("*.cu"), SHIM / "entry.cpp"]
     jobs = [(source, KERNEL_FLAGS) for source in sources]
     return Builder(folder).library("kernels", jobs)
 

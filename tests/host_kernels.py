@@ -90,6 +90,7 @@ SIGNATURES = {
     "check_grid": [ctypes.c_int, ctypes.c_int, Pointer, Pointer, Pointer],
     "check_tiles": [*[ctypes.c_int] * 3, Int64, *[Pointer] * 5],
     "check_attribute": [ctypes.c_int, ctypes.c_int, Pointer],
+    "check_product": [*[ctypes.c_int] * 6, *[Pointer] * 3],
     "check_launch": [Int64, ctypes.c_int, ctypes.c_size_t],
 }  # fmt: skip
 

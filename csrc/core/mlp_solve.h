@@ -11,6 +11,12 @@
 
 namespace pycnf {
 
+// Of the products of matrices, in f32 on a GPU: what their operands are rounded to. Sums are in f32.
+// In the order of PRECISIONS in pycnf/flows/fused.py.
+enum class Precision : int { kFloat32, kTf32, k3xTf32, kBf16 };
+
+constexpr int kPrecisions = 4;
+
 // What stays the same over a solve.
 template <typename T>
 struct MlpSolve {
@@ -29,6 +35,7 @@ struct MlpSolve {
   const T* probe;        // [tiles, D, K * samples], null without a divergence
   int64_t probe_stride;  // from tile to tile; 0 for unit vectors, which all tiles share
   const T* context;      // [tiles, width of the first layer, samples] or null
+  Precision precision;   // of the products
 };
 
 template <typename T>

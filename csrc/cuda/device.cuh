@@ -69,6 +69,14 @@ __device__ inline T* shared_memory() {
   return reinterpret_cast<T*>(pycnf_shared);
 }
 
+// The same pointer, which the compiler then knows to be one into shared memory: where a function was
+// handed it, each access would look up which memory it is of.
+template <typename T>
+__device__ inline T* known_shared(T* at) {
+  T* const first = shared_memory<T>();
+  return first + int(at - first);
+}
+
 __device__ inline void barrier() { __syncthreads(); }
 
 // Of all blocks of a launch_together().
@@ -123,6 +131,52 @@ __device__ inline uint32_t rounded_pair(float first, float second) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
     return reinterpret_cast<const uint32_t&>(pair);
   }
+}
+
+// ---- tensor cores -------------------------------------------------------------------------------
+
+__device__ inline void warp_barrier() { __syncwarp(); }
+
+// An f32 with 10 bits behind the point, to the nearest, of two equally near away from zero.
+__device__ inline uint32_t rounded_tf32(float x) {
+#if defined(__CUDACC__)
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+#else
+  return cuda_host::rounded_tf32(x);
+#endif
+}
+
+__device__ inline float float_of(uint32_t bits) { return reinterpret_cast<const float&>(bits); }
+
+// sum [16, 8] += a [16, 8] b [8, 8] in TF32 by a warp, each lane with its parts of the three as
+// mma.sync.m16n8k8 has them.
+__device__ inline void multiply_add_tf32(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  cuda_host::multiply_add<1>(sum, a, b0, b1);
+#endif
+}
+
+// sum [16, 8] += a [16, 16] b [16, 8] in bf16, two numbers a word; see mma.sync.m16n8k16.
+__device__ inline void multiply_add_bf16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  cuda_host::multiply_add<2>(sum, a, b0, b1);
+#endif
 }
 
 // ---- groups of elements -------------------------------------------------------------------------

@@ -65,11 +65,12 @@ int row_stride(int64_t count) {
 
 template <typename T>
 GradientPlaces gradient_places(const Mlp<T>& field) {
+  constexpr int64_t kGroup = 16 / sizeof(T);
   GradientPlaces places = {};
   int at = 0;
   const auto take = [&](int64_t count) {
     const int taken = at;
-    at += int(count);
+    at += int((count + kGroup - 1) / kGroup * kGroup);
     return taken;
   };
   for (int l = 0; l < field.layers; ++l) {

@@ -144,7 +144,7 @@ __device__ void reverse_activation(const Tile<T>& tile, int l, const Pass& pass,
 
 // From the cotangents u of a layer's products to those of its inputs, v, and of its weight. x are the
 // inputs. The closed form's tangents meet M, or behind the last layer their own sum.
-template <typename T>
+template <Precision kPrecision, typename T>
 __device__ void reverse_product(const Tile<T>& tile, int l, const Pass& pass,
                                 const RatesBar<T>& bar, Columns<T> x, Columns<T> u, Columns<T> v,
                                 const GradientSums<T>& sums) {
@@ -154,17 +154,17 @@ __device__ void reverse_product(const Tile<T>& tile, int l, const Pass& pass,
   const bool closed = tile.solve.closed_form;
   const int first = closed ? 0 : pass.first(samples);
   const int count = closed ? samples : pass.count(samples);
-  add_outer(out, in, u.from(first), x.from(first), count, sums.numbers + sums.places.weight[l],
-            stride);
+  add_outer<kPrecision>(out, in, u.from(first), x.from(first), count,
+                        sums.numbers + sums.places.weight[l], stride);
   if (l > 0 || pass.values) {
-    turned_product(tile.at(layout.weight[l]), stride, out, in, u.from(first),
-                   l > 0 ? count : samples, v.from(first));
+    turned_product<kPrecision>(tile.at(layout.weight[l]), stride, out, in, u.from(first),
+                               l > 0 ? count : samples, v.from(first));
   }
   if (!closed || !pass.tangents || l == 0) return;
   if (l < last) {
-    add_outer(out, in, u.from(samples), x.from(samples), samples, sums.mixed, stride);
-    turned_product(tile.at(layout.mixed), stride, out, in, u.from(samples), samples,
-                   v.from(samples));
+    add_outer<kPrecision>(out, in, u.from(samples), x.from(samples), samples, sums.mixed, stride);
+    turned_product<kPrecision>(tile.at(layout.mixed), stride, out, in, u.from(samples), samples,
+                               v.from(samples));
     return;
   }
   const T* const mixed = last == 1 ? tile.at(layout.mixed) : nullptr;
@@ -181,7 +181,7 @@ __device__ void reverse_product(const Tile<T>& tile, int l, const Pass& pass,
 
 // Back through all layers, from the products of one pass; leaves the cotangent of the state in the
 // columns that are returned. Begins and ends with a barrier.
-template <typename T>
+template <Precision kPrecision, typename T>
 __device__ Columns<T> reverse_pass(const Tile<T>& tile, const Pass& pass, int k, const T* z,
                                    const RatesBar<T>& bar, T* context_bar,
                                    const GradientSums<T>& sums) {
@@ -197,7 +197,7 @@ __device__ Columns<T> reverse_pass(const Tile<T>& tile, const Pass& pass, int k,
       load_inputs(tile, pass, z, k, x);
     }
     barrier();
-    reverse_product(tile, l, pass, bar, x, u, v, sums);
+    reverse_product<kPrecision>(tile, l, pass, bar, x, u, v, sums);
     if (l == 0 && context_bar != nullptr && pass.values) {
       for_each_place(tile.samples(), tile.out(0), [&](int s, int o) {
         if (tile.counts(s)) context_bar[tile.sample(s) * tile.out(0) + o] += u.row(o)[s];

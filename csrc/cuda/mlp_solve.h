@@ -4,6 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 #include "core/flow_attempt.h"
 #include "core/mlp_solve.h"
 #include "cuda/mlp_layout.h"
@@ -144,25 +146,87 @@ struct TilePlan {
   size_t shared_bytes;
 };
 
-template <typename T>
-cudaError_t plan_solve(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan);
+// The kernels of one precision, in a source each: f32 has all, f64 kFloat32, for itself, alone.
+
+template <typename T, Precision kPrecision>
+cudaError_t plan_solve_in(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan);
+
+template <typename T, Precision kPrecision>
+cudaError_t plan_samples_in(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan);
+
+template <typename T, Precision kPrecision>
+cudaError_t plan_gradient_in(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan);
+
+template <typename T, Precision kPrecision>
+cudaError_t launch_mlp_solve_in(const MlpSolveParams<T>& p, const TilePlan& plan,
+                                cudaStream_t stream);
+
+template <typename T, Precision kPrecision>
+cudaError_t launch_mlp_samples_in(const MlpSamplesParams<T>& p, const TilePlan& plan,
+                                  cudaStream_t stream);
+
+template <typename T, Precision kPrecision>
+cudaError_t launch_mlp_gradient_in(const MlpGradientParams<T>& p, const TilePlan& plan,
+                                   cudaStream_t stream);
+
+// Those of a solve's own precision.
+
+// Calls body(std::integral_constant<Precision, precision>()).
+template <typename T, typename Body>
+cudaError_t with_precision(Precision precision, const Body& body) {
+  using P = Precision;
+  if constexpr (std::is_same_v<T, float>) {
+    if (precision == P::kTf32) return body(std::integral_constant<P, P::kTf32>());
+    if (precision == P::k3xTf32) return body(std::integral_constant<P, P::k3xTf32>());
+    if (precision == P::kBf16) return body(std::integral_constant<P, P::kBf16>());
+  }
+  return body(std::integral_constant<P, P::kFloat32>());
+}
 
 template <typename T>
-cudaError_t plan_samples(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan);
+cudaError_t plan_solve(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan) {
+  return with_precision<T>(solve.precision, [&](auto precision) {
+    return plan_solve_in<T, decltype(precision)::value>(solve, batch, plan);
+  });
+}
 
 template <typename T>
-cudaError_t plan_gradient(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan);
+cudaError_t plan_samples(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan) {
+  return with_precision<T>(solve.precision, [&](auto precision) {
+    return plan_samples_in<T, decltype(precision)::value>(solve, batch, plan);
+  });
+}
 
 template <typename T>
-cudaError_t launch_mlp_solve(const MlpSolveParams<T>& p, const TilePlan& plan, cudaStream_t stream);
+cudaError_t plan_gradient(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan) {
+  return with_precision<T>(solve.precision, [&](auto precision) {
+    return plan_gradient_in<T, decltype(precision)::value>(solve, batch, plan);
+  });
+}
+
+template <typename T>
+cudaError_t launch_mlp_solve(const MlpSolveParams<T>& p, const TilePlan& plan,
+                             cudaStream_t stream) {
+  return with_precision<T>(p.tile.solve.precision, [&](auto precision) {
+    return launch_mlp_solve_in<T, decltype(precision)::value>(p, plan, stream);
+  });
+}
 
 template <typename T>
 cudaError_t launch_mlp_samples(const MlpSamplesParams<T>& p, const TilePlan& plan,
-                               cudaStream_t stream);
+                               cudaStream_t stream) {
+  return with_precision<T>(p.tile.solve.precision, [&](auto precision) {
+    return launch_mlp_samples_in<T, decltype(precision)::value>(p, plan, stream);
+  });
+}
 
 template <typename T>
 cudaError_t launch_mlp_gradient(const MlpGradientParams<T>& p, const TilePlan& plan,
-                                cudaStream_t stream);
+                                cudaStream_t stream) {
+  return with_precision<T>(p.tile.solve.precision, [&](auto precision) {
+    return launch_mlp_gradient_in<T, decltype(precision)::value>(p, plan, stream);
+  });
+}
 
 // Adds up what the blocks have, in order.
 template <typename T>

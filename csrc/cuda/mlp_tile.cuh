@@ -1,6 +1,6 @@
 // A narrow multilayer perceptron over one tile of samples: value and divergence. To be included
 // within a namespace without a name, after cuda/scalar.cuh, core/activation.h and
-// cuda/tile_product.cuh.
+// cuda/tile_tensor.cuh.
 //
 // Tangents go through the network one at a time: the first beside the values, if it is the only one,
 // else each after them, by the slopes that the values left. The closed form of the divergence is one
@@ -193,18 +193,18 @@ __device__ void load_inputs(const Tile<T>& tile, const Pass& pass, const T* z, i
 }
 
 // W x of a layer; for the closed form's tangents M x instead, or nothing where it has no product.
-template <typename T>
+template <Precision kPrecision, typename T>
 __device__ void layer_product(const Tile<T>& tile, int l, const Pass& pass, Columns<T> x,
                               Columns<T> y) {
   const auto& layout = tile.layout;
   const int samples = tile.samples(), first = pass.first(samples);
   const bool closed = tile.solve.closed_form;
   const int count = closed ? (pass.values ? samples : 0) : pass.count(samples);
-  product(tile.at(layout.weight[l]), layout.weight_stride[l], tile.out(l), tile.in(l),
-          x.from(first), count, y.from(first));
+  product<kPrecision>(tile.at(layout.weight[l]), layout.weight_stride[l], tile.out(l), tile.in(l),
+                      x.from(first), count, y.from(first));
   if (closed && pass.tangents && l == 1 && tile.last() == 2) {
-    product(tile.at(layout.mixed), layout.weight_stride[1], tile.out(1), tile.in(1),
-            x.from(samples), samples, y.from(samples));
+    product<kPrecision>(tile.at(layout.mixed), layout.weight_stride[1], tile.out(1), tile.in(1),
+                        x.from(samples), samples, y.from(samples));
   }
   const T* const context = tile.solve.context;
   if (l > 0 || context == nullptr || !pass.values) return;
@@ -249,11 +249,11 @@ __device__ void activate_layer(const Tile<T>& tile, int l, const Pass& pass, Col
 
 // Goes through all layers. `product_of(l)` is where a layer's products go, `input_of(l)` where its
 // inputs are, those of the first layer already there. Ends with a barrier.
-template <typename T, typename Products, typename Inputs>
+template <Precision kPrecision, typename T, typename Products, typename Inputs>
 __device__ void through_layers(const Tile<T>& tile, const Pass& pass, const Products& product_of,
                                const Inputs& input_of) {
   for (int l = 0; l <= tile.last(); ++l) {
-    layer_product(tile, l, pass, input_of(l), product_of(l));
+    layer_product<kPrecision>(tile, l, pass, input_of(l), product_of(l));
     barrier();
     if (l == tile.last()) return;
     activate_layer(tile, l, pass, product_of(l), input_of(l + 1));
@@ -292,7 +292,7 @@ __device__ void add_divergence(const Tile<T>& tile, int k, Columns<T> p, Columns
 
 // The rates k [rows, samples] of the state whose z [D, samples] is given, at the time that is set;
 // those of extras that are not wanted are 0. Begins and ends with a barrier.
-template <typename T>
+template <Precision kPrecision, typename T>
 __device__ void evaluate(const Tile<T>& tile, bool with_divergence, const T* z, T* rates) {
   const auto& solve = tile.solve;
   const auto& layout = tile.layout;
@@ -310,7 +310,7 @@ __device__ void evaluate(const Tile<T>& tile, bool with_divergence, const T* z, 
     load_inputs(tile, pass, z, k, x(0));
     if (k == 0) for_each_place(2, samples, [&](int i, int s) { sums[i * samples + s] = T(0); });
     barrier();
-    through_layers(tile, pass, y, x);
+    through_layers<kPrecision>(tile, pass, y, x);
     if (pass.values) {
       for_each_place(features, samples, [&](int d, int s) {
         rates[d * samples + s] = tile.timed(layout.gate[last], d, s) * y(last).row(d)[s] +

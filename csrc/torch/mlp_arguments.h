@@ -113,9 +113,15 @@ void read_solve(const MlpArguments& arguments, const at::Tensor& x, MlpSolve<T>&
   const auto& kind = arguments.kind;
   TORCH_CHECK(x.dim() == 2 && x.size(0) > 0, "x must be [B, D] with at least one row, got ",
               x.sizes());
-  TORCH_CHECK(kind.size() == 5 && arguments.weights.size() == 3,
-              "kind must be 5 numbers and weights 3, got ", kind.size(), " and ",
+  TORCH_CHECK((kind.size() == 5 || kind.size() == 6) && arguments.weights.size() == 3,
+              "kind must be 5 or 6 numbers and weights 3, got ", kind.size(), " and ",
               arguments.weights.size());
+  const int64_t precision = kind.size() > 5 ? kind[5] : 0;
+  TORCH_CHECK(precision == 0 || (precision > 0 && precision < kPrecisions && x.is_cuda() &&
+                                 x.scalar_type() == at::kFloat),
+              "kind: got precision ", precision, ", expected 0, or up to ", kPrecisions - 1,
+              " for float32 on a GPU");
+  solve.precision = Precision(precision);
   solve.tableau = &find_tableau(arguments.method);
   read_layers(arguments, x.size(1), solve.field, weights, rows);
   const auto& field = solve.field;

@@ -113,10 +113,12 @@ TORCH_LIBRARY(pycnf, m) {
   // `context` [B, width of the first layer]: added to its product. `parameters`: weight, bias,
   // gate_weight, gate_bias, shift_weight of every layer. `kind`: the activation, by its place in
   // pycnf.nn.activation.ACTIVATIONS; F, 0 for t itself; the divergence (Divergence in mlp_setup.h);
-  // whether there is a row for the kinetic energy; and for the Jacobian norm. `weights`: the sign of
-  // the divergence in the logdet's derivative; and of those two rows, with the direction of time.
-  // Extras [E, B] are the logdet and the regularizers. `control`: the fields of StepControl in
-  // core/control.h; `grid`: times of a fixed-step method. Reports: Report in mlp_report.h.
+  // whether there is a row for the kinetic energy; and for the Jacobian norm; of mlp_solve and its
+  // gradient on a GPU, if it is not kFloat32, the Precision of products (core/mlp_solve.h).
+  // `weights`: the sign of the divergence in the logdet's derivative; and of those two rows, with the
+  // direction of time. Extras [E, B] are the logdet and the regularizers. `control`: the fields of
+  // StepControl in core/control.h; `grid`: times of a fixed-step method. Reports: Report in
+  // mlp_report.h.
 
   // Solves from start to end. `keep_bytes`: for the stages of the tape, -1 for no tape. Returns z,
   // the extras, a report, and the tape: accepted (t, h, t_next) [N, 3], the N states that they begin

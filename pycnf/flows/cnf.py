@@ -24,7 +24,7 @@ from .captured import Recordings, is_own, is_recordable
 from .control import AdaptiveControl, FixedControl
 from .distributions import StandardNormal
 from .dynamics import REGULARIZERS, check_time_per_sample
-from .fused import GPUS, fits_gpu, solve_fused
+from .fused import GPUS, PRECISIONS, fits_gpu, solve_fused
 from .problem import Problem
 from .solve import solve
 from .stats import SolveStats
@@ -35,6 +35,7 @@ CHOICES = {
     "gradient": ("discrete", "continuous", "seminorm", "autograd"),
     "steps": ("shared", "per-sample"),
     "engine": ("auto", "fused", "generic"),
+    "precision": PRECISIONS,
     "method": tuple(TABLEAUX),
 }
 ADAPTIVE_OPTIONS = ("first_step", "max_step", "safety", "ifactor", "dfactor")
@@ -85,6 +86,8 @@ class CNF(nn.Module):
             the discrete gradient or none. Numbers, strings and tensors that are attributes of the
             field or of modules in it may change; all else that it reads from Python is read once,
             at the recording.
+        precision: Of the products of matrices of the fused engine in f32 on a GPU: "float32", or on
+            tensor cores "tf32", "3xtf32" (near f32) or "bf16". State, sums and error norm stay f32.
 
     Attributes:
         stats: `SolveStats` of the newest forward; None before.
@@ -125,6 +128,7 @@ class CNF(nn.Module):
         base: Any = None,
         regularizers: Mapping[str, float] | None = None,
         cuda_graph: bool | None = None,
+        precision: str = "float32",
     ) -> None:
         super().__init__()
         if not callable(field) or isinstance(field, type):
@@ -150,6 +154,7 @@ class CNF(nn.Module):
         self.engine = engine
         self.regularizers = dict(regularizers or {})
         self.cuda_graph = cuda_graph
+        self.precision = precision
         self.keep_bytes = 1 << 28
         self._control()
         self._times()
@@ -312,9 +317,10 @@ class CNF(nn.Module):
             how = "a whole solve in one launch" if gpu else "a whole solve in one call"
             if why is not None:
                 how = "layer by layer"
+            products = "" if self.precision == "float32" else f", its products in {self.precision}"
             sentence = (
                 f"The fused engine ({how} into compiled code): the field is an MLP that it knows, "
-                f"on {'a GPU' if gpu else 'the CPU'} in {self.field.dtype}"
+                f"on {'a GPU' if gpu else 'the CPU'} in {self.field.dtype}{products}"
             )
             return f"{sentence}." if why is None else f"{sentence}, and {why}."
         why = "engine='generic' was asked for"
@@ -339,7 +345,9 @@ class CNF(nn.Module):
             f"divergence={self.divergence!r}, method={self.method!r}, rtol={self.rtol}, "
             f"atol={self.atol}, gradient={self.gradient!r}, steps={self.steps!r}"
         )
-        return text if self.cuda_graph is None else f"{text}, cuda_graph={self.cuda_graph}"
+        if self.cuda_graph is not None:
+            text += f", cuda_graph={self.cuda_graph}"
+        return text if self.precision == "float32" else f"{text}, precision={self.precision!r}"
 
     def __getstate__(self) -> dict[str, Any]:
         # The newest solve's statistics may hold its graph, which can be neither copied nor pickled.
@@ -372,7 +380,7 @@ class CNF(nn.Module):
         settings = (
             self.divergence, self.noise, self.probes, self.method, self.rtol, self.atol,
             self.max_num_steps, self.gradient, self.steps, self.engine, self.keep_bytes,
-            self.cuda_graph,
+            self.cuda_graph, self.precision,
         )  # fmt: skip
         # Dicts, and what is in them, may change in place.
         lasting = not (self.options or self.regularizers)
@@ -586,6 +594,7 @@ class CNF(nn.Module):
             # Without an error estimate there is nothing to adapt to a sample.
             per_sample=self.steps == "per-sample" and tableau.adaptive,
             gradient=self.gradient,
+            precision=self.precision,
             keep_bytes=self.keep_bytes,
             stats=stats,
         )
@@ -617,9 +626,13 @@ class CNF(nn.Module):
             if problem.per_sample and not self._times_checked and x.shape[0]:
                 check_time_per_sample(problem, x, context)
                 self._times_checked = True
-            if self._takes_fused():
-                if self._why_by_layers() is None:
-                    return solve_fused(problem, x, context, start, end)
+            fused = self._takes_fused()
+            launched = fused and self._why_by_layers() is None
+            if self.precision != "float32":
+                self._check_precision(launched, problem, x)
+            if launched:
+                return solve_fused(problem, x, context, start, end)
+            if fused:
                 problem.compiled, problem.stats.engine = True, "fused"
             if not torch.is_inference_mode_enabled():
                 return self._solve_generic(problem, x, context, start, end)
@@ -629,6 +642,16 @@ class CNF(nn.Module):
                     problem.probe = problem.probe.clone()
                 context = None if context is None else context.clone()
                 return self._solve_generic(problem, x.clone(), context, None, None)
+
+    def _check_precision(self, fused: bool, problem: Problem, x: Tensor) -> None:
+        if fused and not problem.per_sample and x.device.type in GPUS and x.dtype == torch.float32:
+            return
+        steps = "steps per sample" if problem.per_sample else "shared steps"
+        raise ValueError(
+            f"precision: got {self.precision!r}, expected 'float32': others are for the fused engine "
+            f"with shared steps in float32 on a GPU, and this is the "
+            f"{'fused' if fused else 'generic'} engine with {steps} in {x.dtype} on {x.device}"
+        )
 
     def _solve_generic(
         self,

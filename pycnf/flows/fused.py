@@ -32,6 +32,9 @@ from .solve import filled, gradients_of_ends, replayed_gradient, solve
 # In the order of Status in csrc/torch/mlp_report.h.
 DONE, TOO_MANY_STEPS, UNDERFLOW, STATE_NOT_FINITE, FIELD_NOT_FINITE = range(5)
 
+# In the order of Precision in csrc/core/mlp_solve.h.
+PRECISIONS = ("float32", "tf32", "3xtf32", "bf16")
+
 # Devices whose solves are one launch.
 GPUS = ("cuda",)
 
@@ -127,6 +130,8 @@ def _settings(problem: Problem, extras: bool = True) -> tuple[str, list[int], li
         divergence = UNIT_VECTORS if norm else exact_divergence(field, problem.per_sample)
     rows = (extras and name in problem.regularizers for name in REGULARIZERS)
     kind = kind_of(field, divergence, *rows)
+    if problem.precision != "float32":
+        kind = [*kind, PRECISIONS.index(problem.precision)]
     weights = [problem.regularizers.get(name, 0.0) * problem.direction for name in REGULARIZERS]
     return problem.tableau.name, kind, [problem.sign, *weights]
 

@@ -28,6 +28,7 @@ class Problem:
         regularizers: Weights of "kinetic" and "jacobian".
         per_sample: Every sample takes its own steps.
         gradient: "discrete", "continuous", "seminorm" or "autograd".
+        precision: Of the products of matrices of the fused engine on a GPU.
         keep_bytes: How much memory the stages' graphs may take for a discrete gradient; beyond, the
             gradient computes them again, step by step.
         compiled: An `MLP` is evaluated by the compiled ops, where they serve it, and not layer by
@@ -46,6 +47,7 @@ class Problem:
     regularizers: dict[str, float] = field(default_factory=dict)
     per_sample: bool = False
     gradient: str = "discrete"
+    precision: str = "float32"
     keep_bytes: int = 0
     compiled: bool = False
     stats: SolveStats = field(default_factory=SolveStats)

@@ -124,6 +124,62 @@ inline int __any_sync(unsigned mask, int value) { return __ballot_sync(mask, val
 
 inline int __all_sync(unsigned mask, int value) { return __ballot_sync(mask, value) == mask; }
 
+// ---- tensor cores -------------------------------------------------------------------------------
+
+namespace cuda_host {
+
+// As cvt.rna.tf32.f32; what is not finite stays as it is.
+inline uint32_t rounded_tf32(float x) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
+}
+
+// The e-th of the numbers that a word holds: one of TF32, whose last 13 bits a GPU does not read, or
+// two of bf16.
+template <int kInWord>
+float number_of_word(uint32_t word, int e) {
+  if (kInWord == 1) {
+    word &= ~0x1fffu;
+  } else {
+    word = e == 0 ? word << 16 : word & 0xffff0000u;
+  }
+  float number = 0;
+  std::memcpy(&number, &word, sizeof(number));
+  return number;
+}
+
+// mma.sync's m16n8k8 for TF32 and m16n8k16 for bf16: a lane's words are numbers of rows g, g + 8 of
+// the first matrix and of column g of the second, its sums of rows g, g + 8 and columns 2 t, 2 t + 1.
+// The lanes with the same g have a row's numbers among them.
+template <int kInWord>
+void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const int g = lane() / 4, t = lane() % 4;
+  const auto two = [](uint32_t first, uint32_t second) { return uint64_t(second) << 32 | first; };
+  const auto word = [](uint64_t pair, int i) { return uint32_t(pair >> 32 * i); };
+  for (int other = 0; other < 4; ++other) {
+    uint64_t of_row[2], of_column[2];  // [half of the terms], [column]
+    for (int half = 0; half < 2; ++half) {
+      of_row[half] = __shfl_sync(0xffffffffu, two(a[2 * half], a[2 * half + 1]), 4 * g + other);
+    }
+    for (int c = 0; c < 2; ++c) {
+      of_column[c] = __shfl_sync(0xffffffffu, two(b0, b1), 4 * (2 * t + c) + other);
+    }
+    for (int half = 0; half < 2; ++half) {
+      for (int e = 0; e < kInWord; ++e) {
+        for (int r = 0; r < 2; ++r) {
+          for (int c = 0; c < 2; ++c) {
+            sum[2 * r + c] += number_of_word<kInWord>(word(of_row[half], r), e) *
+                              number_of_word<kInWord>(word(of_column[c], half), e);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace cuda_host
+
 // ---- atomics: nobody interrupts -----------------------------------------------------------------
 
 template <typename T>

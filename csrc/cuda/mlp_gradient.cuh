@@ -1,25 +1,14 @@
 // The exact gradient of a solve's accepted steps, in one launch: a block takes a tile of samples back
 // through all steps, then the next tile. Stages are computed again from the states of the tape. The
-// gradients of parameters add up in the block's own memory; a second kernel adds up the blocks.
+// gradients of parameters add up in the block's own memory; cuda/mlp_gather.cu adds up the blocks.
+#pragma once
 
-#include <type_traits>
-
-#include "core/elementary.h"
-#include "core/rk.h"
-#include "cuda/device.cuh"
+#include "cuda/mlp_kernel.cuh"
 #include "cuda/mlp_plan.cuh"
-#include "cuda/mlp_solve.h"
-#include "cuda/tile_product.cuh"
 
 namespace pycnf {
 namespace {
 
-#include "cuda/scalar.cuh"
-//
-#include "core/activation.h"
-//
-#include "cuda/mlp_tile.cuh"
-//
 #include "cuda/mlp_reverse.cuh"
 
 // What stands at the beginning of a block's shared memory, before the numbers of TileLayout: the
@@ -34,7 +23,7 @@ struct TakenStep {
 };
 
 // A block's part in a gradient.
-template <typename T>
+template <typename T, Precision kPrecision>
 class Gradient {
  public:
   __device__ explicit Gradient(const MlpGradientParams<T>& p)
@@ -187,7 +176,7 @@ class Gradient {
     for (int i = 0; i + 1 < used_; ++i) {
       set_time(i);
       stage_state(tile, k, i);
-      evaluate(tile, false, tile.at(layout_.z), k.row(i));
+      evaluate<kPrecision>(tile, false, tile.at(layout_.z), k.row(i));
     }
     for (int i = used_ - 1; i >= 0; --i) {
       set_time(i);
@@ -227,10 +216,10 @@ class Gradient {
     go_through(tile, {true, tangents > 0 && !several}, 0, z);
     for (int k = tangents - 1; several && k >= 0; --k) {
       go_through(tile, {false, true}, k, z);
-      if (k > 0) reverse_pass<T>(tile, {false, true}, k, z, bar, nullptr, sums_);
+      if (k > 0) reverse_pass<kPrecision, T>(tile, {false, true}, k, z, bar, nullptr, sums_);
     }
     const auto stage_bar =
-        reverse_pass(tile, {true, tangents > 0}, 0, z, bar, p_.context_bar, sums_);
+        reverse_pass<kPrecision>(tile, {true, tangents > 0}, 0, z, bar, p_.context_bar, sums_);
     add_time_gradients(tile, sums_);
     if (solve().closed_form && with_divergence && mix_depends_on_time()) {
       unmix(solve(), layout_, numbers_, sums_);
@@ -244,7 +233,7 @@ class Gradient {
     barrier();
     load_inputs(tile, pass, z, k, x);
     barrier();
-    through_layers(
+    through_layers<kPrecision>(
         tile, pass, [&](int l) { return tile.columns(layout_.product[l]); },
         [&](int) { return x; });
   }
@@ -259,34 +248,18 @@ class Gradient {
   GradientSums<T> sums_;
 };
 
-template <typename T>
+template <typename T, Precision kPrecision>
 __global__ void __launch_bounds__(kTileThreads, 1)
     mlp_gradient_kernel(const __grid_constant__ MlpGradientParams<T> p) {
-  Gradient<T>(p).run();
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    gather_gradients_kernel(const __grid_constant__ GatherParams<T> p) {
-  for (int64_t i = global_thread(); i < p.total; i += global_threads()) {
-    int which = p.pieces - 1;
-    while (p.piece[which].first > i) --which;
-    const auto& piece = p.piece[which];
-    // Neighbouring threads read neighbouring numbers.
-    const int64_t row = (i - piece.first) % piece.rows, column = (i - piece.first) / piece.rows;
-    const T* from = p.sums + piece.place + row * piece.row_stride + column * piece.column_stride;
-    T sum = T(0);
-    for (int64_t block = 0; block < p.blocks; ++block) sum += from[block * p.numbers];
-    piece.out[row * piece.columns + column] = sum;
-  }
+  Gradient<T, kPrecision>(p).run();
 }
 
 }  // namespace
 
-template <typename T>
-cudaError_t plan_gradient(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan) {
+template <typename T, Precision kPrecision>
+cudaError_t plan_gradient_in(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan) {
   return plan_tiles<T>(
-      mlp_gradient_kernel<T>, batch, kControlNumbers<TakenStep<T>, T>,
+      mlp_gradient_kernel<T, kPrecision>, batch, kControlNumbers<TakenStep<T>, T>,
       [&](int samples, int64_t most) {
         const auto layout = tile_layout(solve, samples, true, true);
         return layout.numbers <= most ? layout : tile_layout(solve, samples, true, false);
@@ -294,24 +267,11 @@ cudaError_t plan_gradient(const MlpSolve<T>& solve, int64_t batch, TilePlan* pla
       plan);
 }
 
-template <typename T>
-cudaError_t launch_mlp_gradient(const MlpGradientParams<T>& p, const TilePlan& plan,
-                                cudaStream_t stream) {
-  return launch(mlp_gradient_kernel<T>, plan.blocks, plan.threads, plan.shared_bytes, stream, p);
+template <typename T, Precision kPrecision>
+cudaError_t launch_mlp_gradient_in(const MlpGradientParams<T>& p, const TilePlan& plan,
+                                   cudaStream_t stream) {
+  return launch(mlp_gradient_kernel<T, kPrecision>, plan.blocks, plan.threads, plan.shared_bytes,
+                stream, p);
 }
-
-template <typename T>
-cudaError_t launch_gather_gradients(const GatherParams<T>& p, cudaStream_t stream) {
-  return launch(gather_gradients_kernel<T>, blocks_for(p.total, kThreads), kThreads, 0, stream, p);
-}
-
-template cudaError_t plan_gradient(const MlpSolve<float>&, int64_t, TilePlan*);
-template cudaError_t plan_gradient(const MlpSolve<double>&, int64_t, TilePlan*);
-template cudaError_t launch_mlp_gradient(const MlpGradientParams<float>&, const TilePlan&,
-                                         cudaStream_t);
-template cudaError_t launch_mlp_gradient(const MlpGradientParams<double>&, const TilePlan&,
-                                         cudaStream_t);
-template cudaError_t launch_gather_gradients(const GatherParams<float>&, cudaStream_t);
-template cudaError_t launch_gather_gradients(const GatherParams<double>&, cudaStream_t);
 
 }  // namespace pycnf

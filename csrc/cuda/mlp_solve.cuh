@@ -2,24 +2,13 @@
 // time, each takes the attempted step with its tiles of samples, and after every attempt they meet
 // once, to add up the norm of the error. What follows from the norm each works out for itself.
 
-#include "cuda/mlp_solve.h"
+#pragma once
 
-#include <type_traits>
-
-#include "core/elementary.h"
-#include "core/rk.h"
-#include "cuda/device.cuh"
+#include "cuda/mlp_kernel.cuh"
 #include "cuda/mlp_plan.cuh"
-#include "cuda/tile_product.cuh"
 
 namespace pycnf {
 namespace {
-
-#include "cuda/scalar.cuh"
-//
-#include "core/activation.h"
-//
-#include "cuda/mlp_tile.cuh"
 
 __device__ inline void add(TilePartial& sum, const TilePartial& x) {
   sum.z += x.z;
@@ -59,7 +48,7 @@ __device__ TilePartial block_sum(TilePartial x, Control<T>& control) {
 }
 
 // A block's part in a solve.
-template <typename T>
+template <typename T, Precision kPrecision>
 class Solver {
  public:
   __device__ explicit Solver(const MlpSolveParams<T>& p)
@@ -280,7 +269,7 @@ class Solver {
     const auto k = stages(tile.index);
     const T euler[1] = {T(1)};
     stage_state(tile, k, euler, 1);
-    evaluate(tile, solve().tangents > 0, tile.at(layout_.z), k.row(1));
+    evaluate<kPrecision>(tile, solve().tangents > 0, tile.at(layout_.z), k.row(1));
   }
 
   // The state z that a stage is evaluated at.
@@ -296,7 +285,8 @@ class Solver {
   __device__ void evaluate_stage(const Tile<T>& tile, int i) const {
     const auto k = stages(tile.index);
     stage_state(tile, k, control_.weights.a[i], i);
-    evaluate(tile, needs_divergence(solve(), tableau_, i), tile.at(layout_.z), k.row(i));
+    evaluate<kPrecision>(tile, needs_divergence(solve(), tableau_, i), tile.at(layout_.z),
+                         k.row(i));
   }
 
   // The stages from `first` on, and the solution.
@@ -373,10 +363,10 @@ class Solver {
   bool flip_ = false;
 };
 
-template <typename T>
+template <typename T, Precision kPrecision>
 __global__ void __launch_bounds__(kTileThreads, 1)
     mlp_solve_kernel(const __grid_constant__ MlpSolveParams<T> p) {
-  Solver<T> solver(p);
+  Solver<T, kPrecision> solver(p);
   if (p.grid != nullptr) {
     solver.fixed();
   } else {
@@ -387,23 +377,18 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 
 }  // namespace
 
-template <typename T>
-cudaError_t plan_solve(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan) {
+template <typename T, Precision kPrecision>
+cudaError_t plan_solve_in(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan) {
   return plan_tiles<T>(
-      mlp_solve_kernel<T>, batch, kControlNumbers<Control<T>, T>,
+      mlp_solve_kernel<T, kPrecision>, batch, kControlNumbers<Control<T>, T>,
       [&](int samples, int) { return tile_layout(solve, samples, false, false); }, plan);
 }
 
-template <typename T>
-cudaError_t launch_mlp_solve(const MlpSolveParams<T>& p, const TilePlan& plan,
-                             cudaStream_t stream) {
-  return launch_together(mlp_solve_kernel<T>, plan.blocks, plan.threads, plan.shared_bytes, stream,
-                         p);
+template <typename T, Precision kPrecision>
+cudaError_t launch_mlp_solve_in(const MlpSolveParams<T>& p, const TilePlan& plan,
+                                cudaStream_t stream) {
+  return launch_together(mlp_solve_kernel<T, kPrecision>, plan.blocks, plan.threads,
+                         plan.shared_bytes, stream, p);
 }
-
-template cudaError_t plan_solve(const MlpSolve<float>&, int64_t, TilePlan*);
-template cudaError_t plan_solve(const MlpSolve<double>&, int64_t, TilePlan*);
-template cudaError_t launch_mlp_solve(const MlpSolveParams<float>&, const TilePlan&, cudaStream_t);
-template cudaError_t launch_mlp_solve(const MlpSolveParams<double>&, const TilePlan&, cudaStream_t);
 
 }  // namespace pycnf

@@ -2,23 +2,13 @@
 // samples from start to end, then the next tile that nobody has begun. Blocks do not wait for each
 // other; within a tile the samples that have ended wait for the others.
 
-#include <type_traits>
+#pragma once
 
-#include "core/elementary.h"
-#include "core/rk.h"
-#include "cuda/device.cuh"
+#include "cuda/mlp_kernel.cuh"
 #include "cuda/mlp_plan.cuh"
-#include "cuda/mlp_solve.h"
-#include "cuda/tile_product.cuh"
 
 namespace pycnf {
 namespace {
-
-#include "cuda/scalar.cuh"
-//
-#include "core/activation.h"
-//
-#include "cuda/mlp_tile.cuh"
 
 // What stands at the beginning of a block's shared memory, before the numbers of TileLayout.
 template <typename T>
@@ -40,10 +30,10 @@ struct LaneNorms {
 };
 
 // A block's part in a solve.
-template <typename T>
-class Solver {
+template <typename T, Precision kPrecision>
+class SampleSolver {
  public:
-  __device__ explicit Solver(const MlpSamplesParams<T>& p)
+  __device__ explicit SampleSolver(const MlpSamplesParams<T>& p)
       : p_(p),
         tableau_(p.tile.tableau),
         layout_(p.tile.layout),
@@ -170,7 +160,7 @@ class Solver {
   __device__ void trial(const Tile<T>& tile) const {
     const T euler[1] = {T(1)};
     stage_state(tile, euler, 1);
-    evaluate(tile, solve().tangents > 0, tile.at(layout_.z), k().row(1));
+    evaluate<kPrecision>(tile, solve().tangents > 0, tile.at(layout_.z), k().row(1));
   }
 
   // The state z that a stage is evaluated at.
@@ -187,7 +177,8 @@ class Solver {
 
   __device__ void evaluate_stage(const Tile<T>& tile, int i) const {
     stage_state(tile, lanes_.weights.a[i], i);
-    evaluate(tile, needs_divergence(solve(), tableau_, i), tile.at(layout_.z), k().row(i));
+    evaluate<kPrecision>(tile, needs_divergence(solve(), tableau_, i), tile.at(layout_.z),
+                         k().row(i));
   }
 
   // The stages from `first` on, and the solution.
@@ -352,32 +343,26 @@ class Solver {
   int in_norm_;  // how many of them
 };
 
-template <typename T>
+template <typename T, Precision kPrecision>
 __global__ void __launch_bounds__(kTileThreads, 1)
     mlp_samples_kernel(const __grid_constant__ MlpSamplesParams<T> p) {
-  Solver<T>(p).run();
+  SampleSolver<T, kPrecision>(p).run();
 }
 
 }  // namespace
 
-template <typename T>
-cudaError_t plan_samples(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan) {
+template <typename T, Precision kPrecision>
+cudaError_t plan_samples_in(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan) {
   return plan_tiles<T>(
-      mlp_samples_kernel<T>, batch, kControlNumbers<Lanes<T>, T>,
+      mlp_samples_kernel<T, kPrecision>, batch, kControlNumbers<Lanes<T>, T>,
       [&](int samples, int) { return tile_layout(solve, samples, false, false); }, plan);
 }
 
-template <typename T>
-cudaError_t launch_mlp_samples(const MlpSamplesParams<T>& p, const TilePlan& plan,
-                               cudaStream_t stream) {
-  return launch(mlp_samples_kernel<T>, plan.blocks, plan.threads, plan.shared_bytes, stream, p);
+template <typename T, Precision kPrecision>
+cudaError_t launch_mlp_samples_in(const MlpSamplesParams<T>& p, const TilePlan& plan,
+                                  cudaStream_t stream) {
+  return launch(mlp_samples_kernel<T, kPrecision>, plan.blocks, plan.threads, plan.shared_bytes,
+                stream, p);
 }
-
-template cudaError_t plan_samples(const MlpSolve<float>&, int64_t, TilePlan*);
-template cudaError_t plan_samples(const MlpSolve<double>&, int64_t, TilePlan*);
-template cudaError_t launch_mlp_samples(const MlpSamplesParams<float>&, const TilePlan&,
-                                        cudaStream_t);
-template cudaError_t launch_mlp_samples(const MlpSamplesParams<double>&, const TilePlan&,
-                                        cudaStream_t);
 
 }  // namespace pycnf
