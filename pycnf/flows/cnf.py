@@ -71,9 +71,10 @@ class CNF(nn.Module):
         gradient: "discrete", "continuous", "seminorm" or "autograd".
         steps: "shared" by the batch or "per-sample"; then "continuous" means "seminorm".
         engine: "fused" runs an `MLP` (`pycnf.nn.fuse` makes one of other modules) in f32 and f64: a
-            whole solve in one call into compiled code on the CPU, and on a GPU, where the network
-            fits into a multiprocessor's shared memory, in one launch. "generic" runs any field;
-            "auto" takes the fused one where it can. `explain()` says which it is and why.
+            whole solve in one call into compiled code on the CPU; on a GPU in one launch, where the
+            network fits into a multiprocessor's shared memory, or else layer by layer. "generic"
+            runs any field; "auto" takes the fused one where it can. `explain()` says which it is
+            and why.
         base: Distribution with `log_prob` [B, D] -> [B] and `sample`; None for N(0, I).
         regularizers: Weights of "kinetic", ∫‖f‖² dt, and "jacobian", ∫‖∂f/∂z‖_F² dt (RNODE, Finlay
             et al. 2020), left in `stats.regularizers` by each solve with a logdet. They are
@@ -86,8 +87,9 @@ class CNF(nn.Module):
             the discrete gradient or none. Numbers, strings and tensors that are attributes of the
             field or of modules in it may change; all else that it reads from Python is read once,
             at the recording.
-        precision: Of the products of matrices of the fused engine in f32 on a GPU: "float32", or on
-            tensor cores "tf32", "3xtf32" (near f32) or "bf16". State, sums and error norm stay f32.
+        precision: Of the products of a solve in one launch, in f32 on a GPU: "float32", or on tensor
+            cores "tf32", "3xtf32" (near f32) or "bf16"; state, sums and error norm stay f32. What
+            goes layer by layer follows `torch.backends.cuda.matmul`.
 
     Attributes:
         stats: `SolveStats` of the newest forward; None before.
@@ -629,7 +631,7 @@ class CNF(nn.Module):
             fused = self._takes_fused()
             launched = fused and self._why_by_layers() is None
             if self.precision != "float32":
-                self._check_precision(launched, problem, x)
+                self._check_precision(launched, x)
             if launched:
                 return solve_fused(problem, x, context, start, end)
             if fused:
@@ -643,14 +645,13 @@ class CNF(nn.Module):
                 context = None if context is None else context.clone()
                 return self._solve_generic(problem, x.clone(), context, None, None)
 
-    def _check_precision(self, fused: bool, problem: Problem, x: Tensor) -> None:
-        if fused and not problem.per_sample and x.device.type in GPUS and x.dtype == torch.float32:
+    def _check_precision(self, launched: bool, x: Tensor) -> None:
+        if launched and x.device.type in GPUS and x.dtype == torch.float32:
             return
-        steps = "steps per sample" if problem.per_sample else "shared steps"
         raise ValueError(
-            f"precision: got {self.precision!r}, expected 'float32': others are for the fused engine "
-            f"with shared steps in float32 on a GPU, and this is the "
-            f"{'fused' if fused else 'generic'} engine with {steps} in {x.dtype} on {x.device}"
+            f"precision: got {self.precision!r}, expected 'float32': others are for solves of the "
+            f"fused engine in one launch, in float32 on a GPU, and this one is in {x.dtype} on "
+            f"{x.device}. {self.explain()}"
         )
 
     def _solve_generic(
