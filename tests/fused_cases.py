@@ -104,6 +104,30 @@ class FusedCases:
         keywords = {"seed": 3} if kind == "hutchinson" else {}
         self.near(flows, regularized, points(9), **keywords)
 
+    @pytest.mark.parametrize("kind", [{"divergence": "exact"}, {"probes": 1}, {"probes": 3}])
+    @pytest.mark.parametrize("method", METHODS)
+    def test_steps_per_sample(self, pair, method, kind):
+        field = field_of(scale=3.0, layer="concat_v2" if method == "tsit5" else "concatsquash")
+        settings = {"method": method, "rtol": 1e-3, "atol": 1e-3, "steps": "per-sample", **kind}
+        keywords = {} if "divergence" in kind else {"seed": 3}
+        # The rounding of an estimate of the error moves sizes of steps.
+        self.same(pair(field, **settings), points(37), loose=100, **keywords)
+
+    @pytest.mark.parametrize("context", [0, 3])
+    @pytest.mark.parametrize("time", ["t", ("fourier", 4)])
+    @pytest.mark.parametrize("layer", ["ignore", "concat", "concat_v2", "squash", "concatsquash"])
+    def test_steps_per_sample_of_all_layers(self, pair, layer, time, context):
+        field = field_of(layer=layer, time=time, context=context, hidden=(9, 12))
+        settings = {"method": "bosh3", "rtol": 1e-2, "atol": 1e-2, "steps": "per-sample"}
+        given = points(6, context, seed=2) if context else None
+        weights = {"kinetic": 0.3, "jacobian": 0.2}
+        self.same(pair(field, **settings), points(6), given, seed=3)
+        self.same(pair(field, regularizers=weights, **settings), points(6), given, seed=3)
+
+    def test_many_steps_per_sample_outgrow_the_tape(self, pair):
+        flows = pair(field_of(), steps="per-sample", method="bosh3", rtol=1e-8, atol=1e-8)
+        assert self.same(flows, points(3), loose=100, seed=3)[0] > 16
+
     def test_second_derivatives(self, pair):
         self.near(pair(field_of(hidden=(5, 4)), rtol=1e-3, atol=1e-3), twice, points(4), seed=1)
 

@@ -21,7 +21,7 @@ class HostOps:
         self._library.cuda_host_seed.argtypes = [ctypes.c_uint64]
         for name in ("cuda_host_broken_guards", "cuda_host_waits"):
             getattr(self._library, name).restype = ctypes.c_int64
-        # torch looks for the module of a device before it makes a tensor there.
+        # torch asks the module of a device before it makes a tensor there, and to set its seed.
         module = types.ModuleType("torch.privateuseone")
         module._lazy_init, module._is_in_bad_fork = lambda: None, lambda: False
         module.manual_seed_all = lambda seed: None

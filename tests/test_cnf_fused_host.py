@@ -28,7 +28,8 @@ def gpu(cuda_host_ops, monkeypatch):
 
         return call
 
-    for name in ("mlp_solve", "mlp_solve_backward"):
+    names = ("mlp_solve", "mlp_solve_backward", "mlp_samples", "mlp_samples_backward")
+    for name in names:
         monkeypatch.setattr(fused, name, launched(getattr(cuda_host_ops, name)))
     # A failed solve is left to the other engine to put into words.
     monkeypatch.setattr(fused, "GPUS", ("cpu", "cuda"))

@@ -305,7 +305,7 @@ def test_obstacles_are_named_once(case):
 
 def test_obstacles_of_the_state(monkeypatch):
     device = flows(mlp(scale=1.0).to(torch.bfloat16), rtol=0.1, atol=0.1)[1]
-    with pytest.warns(UserWarning, match="there are no kernels for torch.bfloat16"):
+    with pytest.warns(UserWarning, match="the state is torch.bfloat16; recorded solves are of"):
         device(points().bfloat16(), seed=1)
     monkeypatch.setattr(captured, "_DEVICES", ("cuda",))
     with pytest.warns(UserWarning, match="the state is on cpu, not on a GPU"):
@@ -326,6 +326,9 @@ def test_automatic_for_own_fields_only():
 def test_the_argument():
     with pytest.raises(ValueError, match="cuda_graph: got 'yes', expected True, False or None"):
         CNF(mlp(), cuda_graph="yes")
+    for value in ("no", 1, 0, 3.5, torch.tensor(True), []):
+        with pytest.raises(ValueError, match=r"cuda_graph: got .*, expected True, False or None$"):
+            CNF(mlp(), cuda_graph=value)
     flow = CNF(mlp())
     flow.cuda_graph = 2
     with pytest.raises(ValueError, match="cuda_graph: got 2"):
@@ -335,8 +338,32 @@ def test_the_argument():
     sentence = "replayed as CUDA graphs."
     assert CNF(mlp(), engine="generic").explain().endswith(sentence)
     assert CNF(Network(), cuda_graph=True).explain().endswith(sentence)
-    for flow in (CNF(Network()), CNF(mlp(), engine="generic", cuda_graph=False)):
-        assert not flow.explain().endswith(sentence)
+    continuous = CNF(Network(), cuda_graph=True, gradient="continuous")
+    without = (
+        continuous,
+        CNF(Network()),
+        CNF(mlp(), engine="generic", cuda_graph=False),
+        CNF(mlp()),
+        CNF(mlp(), engine="generic", steps="per-sample"),
+        CNF(mlp(), engine="generic", method="rk4", options={"num_steps": 3}),
+        CNF(lambda t, z: -z, cuda_graph=True),
+        CNF(hooked(), cuda_graph=True),
+        CNF(mlp().bfloat16(), cuda_graph=True),
+        CNF(Network().half(), cuda_graph=True),
+    )
+    for flow in without:
+        assert "recorded" not in flow.explain()
+    with torch.no_grad():
+        assert continuous.explain().endswith(sentence)
+
+
+def test_halves_on_a_gpu(monkeypatch):
+    """A GPU has kernels for halves, but not those of recorded attempts."""
+    monkeypatch.setattr(recording, "has_kernels", lambda dtype, device: True)
+    for dtype in (torch.bfloat16, torch.float16):
+        device = flows(mlp(scale=1.0).to(dtype), rtol=0.1, atol=0.1)[1]
+        with pytest.warns(UserWarning, match=f"{dtype}; recorded solves are of"):
+            device(points().to(dtype), seed=1)
 
 
 # ---- what is kept --------------------------------------------------------------------------------

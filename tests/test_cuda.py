@@ -11,10 +11,12 @@ import itertools
 import math
 import warnings
 
+import field_cases
 import fused_cases
 import kernel_cases
 import pytest
 import torch
+from field_cases import KINDS, LAYERS, Case
 from kernel_cases import (
     ADAPTIVE,
     BF16,
@@ -738,6 +740,182 @@ def test_opcheck():
         (ops.probe_sample, (keys, 3, 2, 5, True, F32)),
     ]:
         torch.library.opcheck(op.default, arguments)
+
+
+# ---- the field, for a network of any width -------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden", [(), (1,), (5,), (5, 4), (128, 64), (33, 64, 130)], ids=str)
+@pytest.mark.parametrize("features", [1, 3, 16])
+def test_field(ops, features, hidden):
+    for batch, count in [(1, 1), (1, 3), (7, 1), (300, 3)]:
+        field_cases.compare(ops, Case(features, hidden, batch, count), DEVICE)
+
+
+def test_field_of_many_samples(ops):
+    for hidden in [(36,), (128, 128), (64, 64, 64)]:
+        case = Case(2, hidden, 5000, 1)
+        field_cases.compare(ops, case, DEVICE, KINDS, 1e-11)
+
+
+@pytest.mark.parametrize("activation", pycnf.nn.ACTIVATIONS)
+def test_field_by_activation(ops, activation):
+    for hidden in [(5,), (8, 4), (5, 4, 6)]:
+        field_cases.compare(ops, Case(hidden=hidden, activation=activation), DEVICE)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("time", ["t", ("fourier", 6)], ids=["t", "fourier"])
+@pytest.mark.parametrize("own", [False, True], ids=["shared-t", "t-per-sample"])
+def test_field_by_layer(ops, layer, time, own):
+    for batch, hidden in itertools.product((1, 19), [(), (4,), (5, 4), (5, 4, 6)]):
+        case = Case(3, hidden, batch, 2, own, 2, layer=layer, time=time)
+        field_cases.compare(ops, case, DEVICE)
+    turned = Case(hidden=(8, 8), own=own, turned=True, layer=layer, time=time)
+    field_cases.compare(ops, turned, DEVICE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", ["tanh", "softplus", "gelu", "sin"])
+@pytest.mark.parametrize("hidden", [(300, 300), (300, 301, 300)], ids=str)
+def test_field_in_float32(ops, kind, activation, hidden):
+    """As near the truth as the CPU's: TF32 is not used unasked."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    case = Case(6, hidden, 200, 1, context=2, dtype=F32, activation=activation)
+
+    def outcome(op, device, dtype):
+        def cast(x):
+            if isinstance(x, (list, tuple)):
+                return type(x)(map(cast, x))
+            return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+        name, arguments = case.forward(kind)
+        *results, kept = getattr(op, name)(*field_cases.moved(cast(arguments), device), True)
+        name, arguments = case.backward(kind)
+        bars = [torch.full(x.shape, 0.5) for x in results] + [None] * (kind == "value")
+        given = field_cases.moved(cast((*bars, *arguments)), device)
+        results.append(getattr(op, name)(*given, kept, True))
+        return [x.double() for x in field_cases.flat(results)]
+
+    truth = outcome(ops, "cpu", F64)
+    theirs, mine = outcome(ops, "cpu", F32), outcome(ops, DEVICE, F32)
+    for exact, a, b in zip(truth, mine, theirs, strict=True):
+        assert (a - exact).norm() <= 4 * (b - exact).norm() + 1e-6 * exact.norm()
+
+
+def field_calls(case, t):
+    """Calls of every op of the field at a time on the device, to be made again and again."""
+    calls, ops = [], torch.ops.pycnf
+    for kind in (*KINDS, "vjp"):
+        name, (_, *others) = case.forward(kind)
+        forward = functools.partial(getattr(ops, name), t, *field_cases.moved(others, DEVICE))
+        if kind == "vjp":
+            calls.append(forward)
+            continue
+        calls.append(functools.partial(forward, True))
+        *results, kept = forward(True)
+        bars = [torch.ones_like(x) for x in results] + [None] * (kind == "value")
+        name, (_, *others) = case.backward(kind)
+        others = field_cases.moved(others, DEVICE)
+        calls.append(functools.partial(getattr(ops, name), *bars, t, *others, kept, True))
+    return calls
+
+
+def call_all(calls):
+    """All tensors that calls return."""
+    found = []
+    for call in calls:
+        for result in call():
+            found += result if isinstance(result, (list, tuple)) else [result]
+    return found
+
+
+FIELDS = pytest.mark.parametrize(
+    "settings",
+    [
+        {"hidden": (128, 128)},
+        {"hidden": (128, 128, 128), "time": ("fourier", 4)},
+        {"hidden": (128,), "own": True, "layer": "concat"},
+    ],
+    ids=["two layers", "fourier", "t-per-sample"],
+)
+
+
+@FIELDS
+def test_no_op_of_the_field_waits_for_the_gpu(settings):
+    case = Case(3, batch=200, context=2, **settings)
+    calls = field_calls(case, case.t.to(DEVICE))
+    call_all(calls)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call_all(calls)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@FIELDS
+def test_the_field_gives_the_same_bits_every_time(settings):
+    case = Case(3, batch=200, context=2, **settings)
+    calls = field_calls(case, case.t.to(DEVICE))
+    first = [x.clone() for x in call_all(calls)]
+    for _ in range(3):
+        for a, b in zip(first, call_all(calls), strict=True):
+            assert torch.equal(a, b)
+
+
+@FIELDS
+def test_the_field_can_be_captured(settings):
+    """Time is read where it is, so a replay is at the time that is there then."""
+    case = Case(3, batch=200, context=2, **settings)
+    t = case.t.to(DEVICE)
+    calls = field_calls(case, t)
+    first = [x.clone() for x in call_all(calls)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call_all(calls)
+    t += 0.25
+    graph.replay()
+    torch.cuda.synchronize()
+    replayed = [x.clone() for x in captured]
+    for a, b in zip(replayed, call_all(calls), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert not all(torch.equal(a, b) for a, b in zip(replayed, first))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "vjp"])
+def test_opcheck_of_the_field(kind):
+    """Fakes have the sizes of what is kept on a GPU."""
+    case = Case(context=2, time=("fourier", 4))
+    name, arguments = case.forward(kind)
+    arguments = list(field_cases.moved(arguments, DEVICE))
+    for x in (*arguments[:2], *next(a for a in arguments if isinstance(a, list))):
+        if isinstance(x, torch.Tensor):
+            x.requires_grad_()
+    op = getattr(torch.ops.pycnf, name).default
+    torch.library.opcheck(op, (*arguments, *([] if kind == "vjp" else [True])))
+
+
+@pytest.mark.parametrize("regularizers", [{}, {"kinetic": 0.1}, {"kinetic": 0.1, "jacobian": 0.1}])
+@pytest.mark.parametrize("divergence", ["hutchinson", "exact"])
+@pytest.mark.parametrize("hidden", [(512, 512), (160, 160, 160)], ids=len)
+def test_recorded_flows_of_a_wide_network(hidden, divergence, regularizers):
+    """By the ops as by its layers in PyTorch."""
+    torch.manual_seed(0)
+    field = pycnf.nn.MLP(2, hidden).double().to(DEVICE)
+    options = {"divergence": divergence, "regularizers": regularizers}
+    found = []
+    for engine in ("fused", "generic"):
+        flow = pycnf.CNF(field, cuda_graph=True, engine=engine, **options)
+        for seed in range(3):
+            found.append(train_flow(flow, normal(65, 2, dtype=F64, seed=seed).to(DEVICE), seed))
+        assert flow.stats.engine == engine
+        assert None not in flow._recordings.kept.values()
+    for (mine, own), (expected, counts) in zip(found[:3], found[3:]):
+        assert own == counts
+        for a, b in zip(mine, expected):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
 # ---- whole solves --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import gc
 import importlib
 import warnings
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -311,7 +312,7 @@ def test_obstacles_are_named(case):
 
 def test_obstacles_of_the_state(monkeypatch):
     t, options = torch.tensor([0.0, 1.0], dtype=F64), {"cuda_graph": True}
-    with pytest.warns(UserWarning, match="no kernels for torch.complex128"):
+    with pytest.warns(UserWarning, match="the state is torch.complex128; recorded solves are of"):
         solve(Tape(), torch.ones(2, dtype=torch.complex128), t, True)
     with pytest.warns(UserWarning, match="gradients flow through the solver's operations"):
         pycnf.odeint(Swing(), state(), t, options=options)
@@ -332,6 +333,47 @@ def test_obstacles_of_the_state(monkeypatch):
     monkeypatch.setattr(recording, "_DEVICES", ("cuda",))
     with pytest.warns(UserWarning, match="the state is on cpu, not on a GPU"):
         solve(Swing(), state(), t, True)
+
+
+WRONG = ["yes", "no", 1, 0, 2, 3.5, [], {}, torch.tensor(True), torch.tensor([1, 0])]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_the_option(value):
+    t, options = torch.tensor([0.0, 1.0], dtype=F64), {"cuda_graph": value}
+    solves = [
+        lambda: pycnf.odeint(Swing(), state(), t, options=options),
+        lambda: pycnf.odeint(Swing(), state(), t, options=options, method="rk4"),
+        lambda: pycnf.odeint_adjoint(Swing(), state(), t, options=options),
+        lambda: pycnf.odeint_per_sample(Tape(), state(), t, options=options),
+        lambda: pycnf.odeint(Swing(), state(), t, options=options, method="scipy_solver"),
+    ]
+    for solve_it in solves:
+        with pytest.raises(ValueError, match=r"cuda_graph: got .*, expected True, False or None$"):
+            solve_it()
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_the_option_not_set(value):
+    field, t = Swing(), torch.tensor([0.0, 1.0], dtype=F64)
+    for method in ("dopri5", "rk4", "scipy_solver"):
+        pycnf.odeint(field, state(), t, options={"cuda_graph": value}, method=method)
+    pycnf.odeint_per_sample(lambda t, y: -y, state(), t, options={"cuda_graph": value})
+    assert kept(field) == []
+
+
+def test_where_it_is_known_but_not_served():
+    field, y0, t = Swing(), state(), torch.tensor([0.0, 1.0], dtype=F64)
+    keywords = {"options": {"cuda_graph": True}}
+    own_steps = "cuda_graph: every element takes its own steps; solved without"
+    for method in ("dopri5", "rk4"):
+        with pytest.warns(UserWarning, match=own_steps):
+            pycnf.odeint_per_sample(lambda t, y: -y, y0, t, method=method, **keywords)
+        for solver in (pycnf.odeint, pycnf.odeint_adjoint):
+            with pytest.warns(UserWarning, match=own_steps):
+                torch.func.vmap(partial(solver, field, t=t, method=method, **keywords))(y0)
+    with pytest.warns(UserWarning, match="cuda_graph: SciPy solves on the CPU; solved without"):
+        pycnf.odeint(field, y0, t, method="scipy_solver", **keywords)
 
 
 # ---- what is kept --------------------------------------------------------------------------------

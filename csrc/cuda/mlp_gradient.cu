@@ -22,6 +22,17 @@ namespace {
 //
 #include "cuda/mlp_reverse.cuh"
 
+// What stands at the beginning of a block's shared memory, before the numbers of TileLayout: the
+// step that is gone back, or one for each sample.
+template <typename T>
+struct TakenStep {
+  Weights<T> weights;
+  T h[kMostSamples];
+  T times[kMostSamples][kMaxStages];
+  int64_t place[kMostSamples];  // on the tape, -1: the sample has no step left
+  int left;                     // whether any has
+};
+
 // A block's part in a gradient.
 template <typename T>
 class Gradient {
@@ -30,11 +41,12 @@ class Gradient {
       : p_(p),
         tableau_(p.tile.tableau),
         layout_(p.tile.layout),
-        weights_(*shared_memory<StepWeights<T>>()),
-        numbers_(shared_memory<T>() + kControlNumbers<StepWeights<T>, T>),
+        step_(*shared_memory<TakenStep<T>>()),
+        numbers_(shared_memory<T>() + kControlNumbers<TakenStep<T>, T>),
         rows_(int(state_rows(p.tile.solve))),
         used_(stages_in_use(p.tile.tableau)),
         sums_{p.places, of_block(), numbers_ + layout_.mixed_bar} {
+    load_method(tableau_, step_.weights);
     load_weights(solve(), layout_, numbers_);
     for_each_place(1, p_.places.numbers, [&](int, int i) { sums_.numbers[i] = T(0); });
     if (solve().closed_form) {
@@ -47,7 +59,7 @@ class Gradient {
     for (int64_t index = blockIdx.x; index < p_.tile.tiles; index += gridDim.x) {
       const Tile<T> tile = {solve(), layout_, numbers_, p_.tile.batch, index};
       load_cotangents(tile);
-      for (int64_t n = p_.steps - 1; n >= 0; --n) reverse_step(tile, n);
+      for (int64_t n = p_.steps - 1; recall(tile, n); --n) reverse_step(tile);
       const T* const z_bar = tile.at(layout_.z_bar);
       for_each_place(tile.features(), tile.samples(), [&](int d, int s) {
         if (!tile.counts(s)) return;
@@ -107,44 +119,78 @@ class Gradient {
     barrier();
   }
 
-  __device__ T stage_time(int64_t n, int i) const {
-    const double* const step = p_.times + 3 * n;
-    const double c = tableau_.c[i];
-    return T(c == 1 ? step[2] : step[0] + c * step[1]);
+  // Reads the n-th step from the tape, or with own steps each sample's last that was not gone back
+  // yet; false where there is none. A sample without a step left takes one of size 0, whose gradient
+  // is 0.
+  __device__ bool recall(const Tile<T>& tile, int64_t n) const {
+    const bool own = p_.previous != nullptr;
+    barrier();
+    if (threadIdx.x == 0) step_.left = own ? 0 : n >= 0;
+    barrier();
+    for_each_place(1, own ? tile.samples() : 1, [&](int, int s) {
+      int64_t place = n;
+      if (own) {
+        const bool first = n == p_.steps - 1;
+        place = !tile.counts(s)       ? -1
+                : first               ? p_.newest[tile.sample(s)]
+                : step_.place[s] >= 0 ? p_.previous[step_.place[s]]
+                                      : -1;
+        if (place >= 0) step_.left = 1;
+      }
+      step_.place[s] = place;
+      const double* const taken = p_.times + (own ? 4 : 3) * place;
+      step_.h[s] = place >= 0 ? T(taken[1]) : T(0);
+      for (int i = 0; i < tableau_.stages; ++i) {
+        const double c = tableau_.c[i];
+        step_.times[s][i] = place >= 0 ? T(c == 1 ? taken[2] : taken[0] + c * taken[1]) : T(0);
+      }
+    });
+    barrier();
+    return step_.left != 0;
   }
 
-  __device__ void set_time(int64_t n, int i) const {
-    pycnf::set_time(solve(), layout_, numbers_, stage_time(n, i));
+  __device__ T h(int s) const { return step_.h[p_.previous != nullptr ? s : 0]; }
+
+  // A row of the tape: the state at the start of a sample's step.
+  __device__ T tape(const Tile<T>& tile, int d, int s) const {
+    const bool own = p_.previous != nullptr;
+    if (own && step_.place[s] < 0) return T(0);
+    const int64_t row = own ? step_.place[s] : step_.place[0] * p_.tile.batch + tile.sample(s);
+    return p_.states[row * tile.features() + d];
+  }
+
+  __device__ void set_time(int i) const {
+    pycnf::set_time(solve(), layout_, numbers_, step_.times[0] + i, kMaxStages);
   }
 
   // The state that a stage was evaluated at.
   __device__ void stage_state(const Tile<T>& tile, const StageRows<T>& k, int i) const {
     const T* const start = scratch(0);
     T* const z = tile.at(layout_.z);
-    for_each_place(1, tile.features() * tile.samples(),
-                   [&](int, int place) { z[place] = combined(start, k, weights_.a[i], i, place); });
+    for_each_place(tile.features(), tile.samples(), [&](int d, int s) {
+      const int place = d * tile.samples() + s;
+      z[place] = start[place] + h(s) * combined(k, step_.weights.a[i], i, place);
+    });
   }
 
-  __device__ void reverse_step(const Tile<T>& tile, int64_t n) const {
+  __device__ void reverse_step(const Tile<T>& tile) const {
     const int features = tile.features(), samples = tile.samples();
-    weigh(tableau_, T(p_.times[3 * n + 1]), weights_);
-    barrier();
     const auto k = scratch_rows(1), k_bar = scratch_rows(1 + tableau_.stages);
     T* const start = scratch(0);
     T* const z_bar = tile.at(layout_.z_bar);
     for_each_place(features, samples, [&](int d, int s) {
       const int i = d * samples + s;
-      start[i] = p_.states[(n * p_.tile.batch + tile.sample(s)) * features + d];
-      for (int j = 0; j < used_; ++j) k_bar.row(j)[i] = z_bar[i] * weights_.b[j];
+      start[i] = tape(tile, d, s);
+      for (int j = 0; j < used_; ++j) k_bar.row(j)[i] = z_bar[i] * (step_.weights.b[j] * h(s));
     });
     barrier();
     for (int i = 0; i + 1 < used_; ++i) {
-      set_time(n, i);
+      set_time(i);
       stage_state(tile, k, i);
       evaluate(tile, false, tile.at(layout_.z), k.row(i));
     }
     for (int i = used_ - 1; i >= 0; --i) {
-      set_time(n, i);
+      set_time(i);
       stage_state(tile, k, i);
       const auto stage_bar = reverse_stage(tile, k_bar.row(i), i);
       for_each_place(features, samples, [&](int d, int s) {
@@ -152,7 +198,8 @@ class Gradient {
         const T bar = stage_bar.row(d)[s];
         z_bar[place] += bar;
         for (int j = 0; j < i; ++j) {
-          if (weights_.a[i][j] != T(0)) k_bar.row(j)[place] += bar * weights_.a[i][j];
+          const T weight = step_.weights.a[i][j];
+          if (weight != T(0)) k_bar.row(j)[place] += bar * (weight * h(s));
         }
       });
       barrier();
@@ -166,10 +213,11 @@ class Gradient {
     const int tangents = with_divergence ? int(solve().tangents) : 0;
     const bool several = solve().tangents > 1;
     const T* const z = tile.at(layout_.z);
-    const RatesBar<T> bar = {rate_bar, tile.at(layout_.extras_bar),
-                             with_divergence ? weights_.b[i] : T(0), samples};
+    const RatesBar<T> bar = {
+        rate_bar, tile.at(layout_.extras_bar), with_divergence ? step_.weights.b[i] : T(0), step_.h,
+        samples,  p_.previous != nullptr};
     for (int l = 0; l < solve().field.layers; ++l) {
-      for_each_place(1, tile.out(l), [&](int, int o) {
+      for_each_place(1, tile.out(l) * layout_.timed, [&](int, int o) {
         tile.at(layout_.shift_sum[l])[o] = tile.at(layout_.product_sum[l])[o] = T(0);
       });
       if (layout_.curved[l] < 0) continue;
@@ -204,7 +252,7 @@ class Gradient {
   const MlpGradientParams<T>& p_;
   const Tableau& tableau_;
   const TileLayout& layout_;
-  StepWeights<T>& weights_;
+  TakenStep<T>& step_;
   T* numbers_;
   int rows_;
   int used_;  // stages whose state enters the solution
@@ -238,7 +286,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 cudaError_t plan_gradient(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan) {
   return plan_tiles<T>(
-      mlp_gradient_kernel<T>, batch, kControlNumbers<StepWeights<T>, T>,
+      mlp_gradient_kernel<T>, batch, kControlNumbers<TakenStep<T>, T>,
       [&](int samples, int64_t most) {
         const auto layout = tile_layout(solve, samples, true, true);
         return layout.numbers <= most ? layout : tile_layout(solve, samples, true, false);

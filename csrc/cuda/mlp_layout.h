@@ -21,9 +21,10 @@ struct TileLayout {
   int stride;
   int weight[kMaxLayers];
   int weight_stride[kMaxLayers];
-  int gate[kMaxLayers];   // s [out]
-  int shift[kMaxLayers];  // s∘b + c [out]
-  int tau;                // τ [F]
+  int timed;              // numbers that an output has at a time: one, or one for each sample
+  int gate[kMaxLayers];   // s [out, timed]
+  int shift[kMaxLayers];  // s∘b + c [out, timed]
+  int tau;                // τ [F, timed]
   int mixed;              // the closed form's Mᵀ [in, weight_stride] of the second layer, or m [in]
   int x[2];               // inputs and outputs of layers [widest, stride], in turns
   int slope[kMaxLayers];  // s∘φ' [out, samples] of hidden layers, where there are several tangents
@@ -37,8 +38,8 @@ struct TileLayout {
   int curved[kMaxLayers];       // Σ φ''∘s∘W ȧ∘ȧ_bar [out, samples] of hidden layers, as `slope`
   int z_bar;                    // [D, samples]
   int extras_bar;               // [extras, samples]
-  int shift_sum[kMaxLayers];    // [out]
-  int product_sum[kMaxLayers];  // [out]
+  int shift_sum[kMaxLayers];    // [out, timed]
+  int product_sum[kMaxLayers];  // [out, timed]
   int gradient;                 // sums of gradients, -1: they are not in shared memory
   int numbers;                  // in all
 };
@@ -100,24 +101,25 @@ TileLayout tile_layout(const MlpSolve<T>& solve, int samples, bool with_gradient
   int64_t widest = field.features;
   for (int l = 0; l < field.layers; ++l) widest = std::max(widest, field.layer[l].out);
   layout.samples = samples;
+  layout.timed = solve.own_times ? samples : 1;
   layout.stride = row_stride<T>(solve.tangents > 0 ? 2 * samples : samples);
   for (int l = 0; l < field.layers; ++l) {
     const auto& layer = field.layer[l];
     layout.weight_stride[l] = row_stride<T>(layer.out);
     layout.weight[l] = take(layer.in * layout.weight_stride[l]);
-    layout.gate[l] = take(layer.out);
-    layout.shift[l] = take(layer.out);
+    layout.gate[l] = take(layer.out * layout.timed);
+    layout.shift[l] = take(layer.out * layout.timed);
     const bool hidden = l + 1 < field.layers;
     layout.slope[l] = take(layer.out * samples, hidden && several);
     layout.product[l] = take(layer.out * layout.stride, with_gradient);
     layout.curved[l] = take(layer.out * samples, hidden && several && with_gradient);
-    layout.shift_sum[l] = take(layer.out, with_gradient);
-    layout.product_sum[l] = take(layer.out, with_gradient);
+    layout.shift_sum[l] = take(layer.out * layout.timed, with_gradient);
+    layout.product_sum[l] = take(layer.out * layout.timed, with_gradient);
   }
   const bool two_hidden = field.layers == 3;
   const int64_t mixed =
       two_hidden ? field.layer[1].in * layout.weight_stride[1] : field.layer[0].out;
-  layout.tau = take(field.time_features);
+  layout.tau = take(field.time_features * layout.timed);
   layout.mixed = take(mixed, solve.closed_form);
   layout.unmixed = take(mixed, solve.closed_form && with_gradient);
   layout.mixed_bar = take(mixed, solve.closed_form && with_gradient);

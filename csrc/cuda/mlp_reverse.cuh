@@ -17,11 +17,15 @@ struct GradientSums {
 template <typename T>
 struct RatesBar {
   const T* value;   // of f [D, samples]
-  const T* extras;  // [extras, samples]: of what enters the extras' rows
-  T scale;          // of the extras'
+  const T* extras;  // [extras, samples]: of the extras at the end of the step
+  T weight;         // of the stage in the solution
+  const T* h;       // [timed]
   int samples;
+  bool own_h;
 
-  __device__ T extra(int row, int s) const { return extras[row * samples + s] * scale; }
+  __device__ T extra(int row, int s) const {
+    return extras[row * samples + s] * (weight * h[own_h ? s : 0]);
+  }
 };
 
 template <typename T>
@@ -41,16 +45,24 @@ __device__ inline T jacobian_bar(const Tile<T>& tile, const RatesBar<T>& bar, in
 }
 
 // Adds up two terms of every place over a row's samples: body(o, s, first, second) for o < rows,
-// sums to first_sum[o] and second_sum[o]. Neighbouring lanes of a warp have a row's samples.
+// sums to first_sum[o] and second_sum[o]; or adds them to [o, s] where `timed` is not 1. Neighbouring
+// lanes of a warp have a row's samples.
 template <typename T, typename Body>
-__device__ void sum_over_samples(int rows, int samples, T* first_sum, T* second_sum,
+__device__ void sum_over_samples(int rows, int samples, int timed, T* first_sum, T* second_sum,
                                  const Body& body) {
   const int lanes = least(samples, kWarp), at_once = int(blockDim.x) / lanes;
   const int lane = int(threadIdx.x) % lanes;
   for (int row = 0; row < rows; row += at_once) {
     const int o = row + int(threadIdx.x) / lanes;
     T first = T(0), second = T(0);
-    for (int s = lane; o < rows && s < samples; s += lanes) body(o, s, first, second);
+    for (int s = lane; o < rows && s < samples; s += lanes) {
+      body(o, s, first, second);
+      if (timed == 1) continue;
+      first_sum[o * timed + s] += first;
+      second_sum[o * timed + s] += second;
+      first = second = T(0);
+    }
+    if (timed > 1) continue;
     for (int offset = lanes / 2; offset > 0; offset /= 2) {
       first += shuffle_down(first, offset);
       second += shuffle_down(second, offset);
@@ -69,29 +81,28 @@ __device__ void reverse_last(const Tile<T>& tile, const Pass& pass, int k, const
   const auto& layout = tile.layout;
   const int l = tile.last(), samples = tile.samples();
   const auto p = tile.columns(layout.product[l]);
-  const T* const gate = tile.at(layout.gate[l]);
-  const T* const shift = tile.at(layout.shift[l]);
   const bool tangents = pass.tangents && !tile.solve.closed_form;
   const auto each = [&](int o, int s, T& shift_bar, T& product_bar) {
+    const T gate = tile.timed(layout.gate[l], o, s), shift = tile.timed(layout.shift[l], o, s);
     if (pass.values) {
       const T value = p.row(o)[s];
       T f_bar = bar.value[o * samples + s];
       if (tile.solve.kinetic) {
-        f_bar += kinetic_bar(tile, bar, s) * T(2) * (gate[o] * value + shift[o]);
+        f_bar += kinetic_bar(tile, bar, s) * T(2) * (gate * value + shift);
       }
       shift_bar += f_bar;
       product_bar += f_bar * value;
-      u.row(o)[s] = gate[o] * f_bar;
+      u.row(o)[s] = gate * f_bar;
     }
     if (!tangents) return;
     const T q = p.row(o)[samples + s];
     T image_bar = divergence_bar(tile, bar, s) * probe_at(tile, k, o, s);
-    if (tile.solve.jacobian) image_bar += jacobian_bar(tile, bar, s) * T(2) * gate[o] * q;
+    if (tile.solve.jacobian) image_bar += jacobian_bar(tile, bar, s) * T(2) * gate * q;
     image_bar *= tile.solve.probe_weight;
     product_bar += image_bar * q;
-    u.row(o)[samples + s] = gate[o] * image_bar;
+    u.row(o)[samples + s] = gate * image_bar;
   };
-  sum_over_samples(tile.out(l), samples, tile.at(layout.shift_sum[l]),
+  sum_over_samples(tile.out(l), samples, layout.timed, tile.at(layout.shift_sum[l]),
                    tile.at(layout.product_sum[l]), each);
 }
 
@@ -101,23 +112,22 @@ __device__ void reverse_activation(const Tile<T>& tile, int l, const Pass& pass,
   const auto& layout = tile.layout;
   const int samples = tile.samples();
   const auto p = tile.columns(layout.product[l]);
-  const T* const gate = tile.at(layout.gate[l]);
-  const T* const shift = tile.at(layout.shift[l]);
   T* const curved = layout.curved[l] >= 0 ? tile.at(layout.curved[l]) : nullptr;
   with_activation(tile.solve.field.activation, [&](auto kind) {
     constexpr Activation activation = decltype(kind)::value;
-    sum_over_samples(tile.out(l), samples, tile.at(layout.shift_sum[l]),
+    sum_over_samples(tile.out(l), samples, layout.timed, tile.at(layout.shift_sum[l]),
                      tile.at(layout.product_sum[l]),
                      [&](int o, int s, T& shift_bar, T& product_bar) {
-                       const T h = gate[o] * p.row(o)[s] + shift[o];
+                       const T gate = tile.timed(layout.gate[l], o, s);
+                       const T h = gate * p.row(o)[s] + tile.timed(layout.shift[l], o, s);
                        T slope;
                        const T a = activate<activation, T>(h, slope);
                        T by_tangent = T(0);
                        if (pass.tangents) {
                          const T q = tangent_product(tile, l, p, o, s), bar = u.row(o)[samples + s];
-                         by_tangent = curvature<activation, T>(h, a, slope) * (gate[o] * q) * bar;
+                         by_tangent = curvature<activation, T>(h, a, slope) * (gate * q) * bar;
                          product_bar += slope * bar * q;
-                         u.row(o)[samples + s] = gate[o] * slope * bar;
+                         u.row(o)[samples + s] = gate * slope * bar;
                        }
                        if (!pass.values) {
                          curved[o * samples + s] += by_tangent;
@@ -127,7 +137,7 @@ __device__ void reverse_activation(const Tile<T>& tile, int l, const Pass& pass,
                        const T h_bar = slope * u.row(o)[s] + by_tangent;
                        shift_bar += h_bar;
                        product_bar += h_bar * p.row(o)[s];
-                       u.row(o)[s] = gate[o] * h_bar;
+                       u.row(o)[s] = gate * h_bar;
                      });
   });
 }
@@ -204,30 +214,34 @@ __device__ Columns<T> reverse_pass(const Tile<T>& tile, const Pass& pass, int k,
   return v;
 }
 
-// From the sums over samples to the gradients of what the layers do to time, and to their biases.
+// From the sums over samples, or what each sample has, to the gradients of what the layers do to
+// time, and to their biases.
 template <typename T>
 __device__ void add_time_gradients(const Tile<T>& tile, const GradientSums<T>& sums) {
   const auto& layout = tile.layout;
   const auto& field = tile.solve.field;
-  const T* const tau = tile.at(layout.tau);
   const int features = int(field.time_features);
   for (int l = 0; l < field.layers; ++l) {
     const auto& layer = field.layer[l];
     const int out = tile.out(l);
     for_each_place(1, out, [&](int, int o) {
-      const T shift_bar = tile.at(layout.shift_sum[l])[o];
-      const T product_bar = tile.at(layout.product_sum[l])[o], s = tile.at(layout.gate[l])[o];
-      sums.numbers[sums.places.bias[l] + o] += s * shift_bar;
-      if (layer.gate_weight != nullptr) {
-        const T b = layer.bias != nullptr ? layer.bias[o] : T(0);
-        const T gate_bar = (product_bar + b * shift_bar) * (s * (T(1) - s));
-        sums.numbers[sums.places.gate_bias[l] + o] += gate_bar;
+      const T b = layer.bias != nullptr ? layer.bias[o] : T(0);
+      for (int s = 0; s < layout.timed; ++s) {
+        const T gate = tile.timed(layout.gate[l], o, s);
+        const T shift_bar = tile.timed(layout.shift_sum[l], o, s);
+        const T gate_bar =
+            (tile.timed(layout.product_sum[l], o, s) + b * shift_bar) * (gate * (T(1) - gate));
+        sums.numbers[sums.places.bias[l] + o] += gate * shift_bar;
+        if (layer.gate_weight != nullptr) sums.numbers[sums.places.gate_bias[l] + o] += gate_bar;
         for (int f = 0; f < features; ++f) {
-          sums.numbers[sums.places.gate_weight[l] + f * out + o] += gate_bar * tau[f];
+          const T tau = tile.timed(layout.tau, f, s);
+          if (layer.gate_weight != nullptr) {
+            sums.numbers[sums.places.gate_weight[l] + f * out + o] += gate_bar * tau;
+          }
+          if (layer.shift_weight != nullptr) {
+            sums.numbers[sums.places.shift_weight[l] + f * out + o] += shift_bar * tau;
+          }
         }
-      }
-      for (int f = 0; layer.shift_weight != nullptr && f < features; ++f) {
-        sums.numbers[sums.places.shift_weight[l] + f * out + o] += shift_bar * tau[f];
       }
     });
   }
@@ -268,17 +282,17 @@ __device__ void unmix(const MlpSolve<T>& solve, const TileLayout& layout, T* sha
     for (int i = last == 1 ? j : 0; i < (last == 1 ? j + 1 : rows); ++i) {
       sum += trace_bar(j, i) * behind[i * last_stride + d];
     }
-    first_bar[d * first_stride + j] += sum * gate[d];
+    first_bar[d * first_stride + j] += sum * gate[d * layout.timed];
   });
   for_each_place(last == 1 ? width : rows, features, [&](int i, int d) {
     T sum = T(0);
     for (int j = last == 1 ? i : 0; j < (last == 1 ? i + 1 : width); ++j) {
       sum += trace_bar(j, i) * first[d * first_stride + j];
     }
-    behind_bar[i * last_stride + d] += sum * gate[d];
+    behind_bar[i * last_stride + d] += sum * gate[d * layout.timed];
   });
   const auto& layer = field.layer[last];
-  if (layer.gate_weight != nullptr) {
+  if (layer.gate_weight != nullptr) {  // and so all samples have the same time
     for_each_place(1, features, [&](int, int d) {
       T gate_bar = T(0);
       for (int j = 0; j < width; ++j) {

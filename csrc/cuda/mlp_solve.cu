@@ -36,7 +36,7 @@ struct Control {
   TilePartial of_warp[kTileThreads / kWarp];
   T times[kMaxStages];
   T h[1];
-  StepWeights<T> weights;  // of h
+  Weights<T> weights;
 };
 
 // The sum over a block, for all of its threads. A fixed tree, so the same every time.
@@ -70,6 +70,7 @@ class Solver {
         numbers_(shared_memory<T>() + kControlNumbers<Control<T>, T>),
         rows_(int(state_rows(p.tile.solve))),
         in_norm_(int(p.tile.solve.field.features) + (p.tile.solve.tangents > 0 ? 1 : 0)) {
+    load_method(tableau_, control_.weights);
     load_weights(solve(), layout_, numbers_);
     for_each_tile([&](const Tile<T>& tile) {
       T* const y = state(0, tile.index);
@@ -180,7 +181,10 @@ class Solver {
     return {p_.k + tile * numbers, p_.tile.tiles * numbers, flip_ ? tableau_.stages - 1 : 0};
   }
 
-  __device__ void set_time(T time) const { pycnf::set_time(solve(), layout_, numbers_, time); }
+  // Of the stage i, in control_.times.
+  __device__ void set_time(int i) const {
+    pycnf::set_time(solve(), layout_, numbers_, control_.times + i, 0);
+  }
 
   // Every tile's sums, added up over all tiles of all blocks in the order of tiles.
   template <typename Body>
@@ -224,8 +228,11 @@ class Solver {
       a.length = fabs(p_.end - p_.start);
       a.direction = p_.end > p_.start ? 1 : -1;
       a.size = p_.rule.control.first_step;
+      control_.times[0] = T(p_.start);
+      control_.h[0] = T(0);
     }
-    set_time(T(p_.start));
+    barrier();
+    set_time(0);
     const TilePartial start = meet([&](const Tile<T>& tile) {
       evaluate_stage(tile, 0);
       return start_norms(tile, nullptr);
@@ -237,7 +244,7 @@ class Solver {
       const double state_norm = norm(start.state, 0);
       if (threadIdx.x == 0) begin_flow(plan(), state_norm, norm(start.z, start.logdet));
       barrier();
-      set_time(control_.times[0]);
+      set_time(0);
       const TilePartial changed = meet([&](const Tile<T>& tile) {
         trial(tile);
         return start_norms(tile, stages(tile.index).row(1));
@@ -271,7 +278,8 @@ class Solver {
   // The derivative after a step of Euler's, in the place of the second stage.
   __device__ void trial(const Tile<T>& tile) const {
     const auto k = stages(tile.index);
-    stage_state(tile, k, control_.h, 1);
+    const T euler[1] = {T(1)};
+    stage_state(tile, k, euler, 1);
     evaluate(tile, solve().tangents > 0, tile.at(layout_.z), k.row(1));
   }
 
@@ -280,8 +288,9 @@ class Solver {
                               int count) const {
     const T* const y = state(current_, tile.index);
     T* const z = tile.at(layout_.z);
-    for_each_place(1, tile.features() * layout_.samples,
-                   [&](int, int i) { z[i] = combined(y, k, weights, count, i); });
+    for_each_place(1, tile.features() * layout_.samples, [&](int, int i) {
+      z[i] = y[i] + control_.h[0] * combined(k, weights, count, i);
+    });
   }
 
   __device__ void evaluate_stage(const Tile<T>& tile, int i) const {
@@ -292,9 +301,8 @@ class Solver {
 
   // The stages from `first` on, and the solution.
   __device__ void attempt(int first) const {
-    weigh(tableau_, control_.h[0], control_.weights);
     for (int i = first; i < tableau_.stages; ++i) {
-      set_time(control_.times[i]);
+      set_time(i);
       for_each_tile([&](const Tile<T>& tile) { evaluate_stage(tile, i); });
     }
     for_each_tile([&](const Tile<T>& tile) {
@@ -302,7 +310,7 @@ class Solver {
       const T* const y = state(current_, tile.index);
       T* const next = state(1 - current_, tile.index);
       for_each_place(1, rows_ * layout_.samples, [&](int, int i) {
-        next[i] = combined(y, k, control_.weights.b, tableau_.stages, i);
+        next[i] = y[i] + control_.h[0] * combined(k, control_.weights.b, tableau_.stages, i);
       });
     });
     barrier();
@@ -317,7 +325,7 @@ class Solver {
     for_each_place(rows_, layout_.samples, [&](int row, int s) {
       if (!tile.counts(s)) return;
       const int i = row * layout_.samples + s;
-      const T error = combined<T>(nullptr, k, control_.weights.e, tableau_.stages, i);
+      const T error = control_.h[0] * combined(k, control_.weights.e, tableau_.stages, i);
       const T scale = p_.atol + p_.rtol * larger_magnitude(y0[i], y1[i]);
       add_square(sum, row, error / scale, y1[i]);
     });

@@ -54,15 +54,58 @@ struct MlpSolveParams {
   T* extras;       // [extras, B]
 };
 
+// What the blocks of a solve with own steps count together; zeros before the launch.
+struct SampleCounts {
+  unsigned long long tiles;   // begun
+  unsigned long long blocks;  // that have ended
+  unsigned long long rows;    // of the tape that were asked for
+  // Of the sample that has most.
+  unsigned long long accepted;
+  unsigned long long rejected;
+  unsigned long long evaluations;
+  unsigned long long failures;  // 1: some sample's
+};
+
+// As MlpSolveParams.
+template <typename T>
+struct MlpSamplesParams {
+  TileSolve<T> tile;
+  const T* x;
+  FlowRule rule;
+  double start;
+  double end;
+  T rtol;
+  T atol;
+  // Scratch.
+  T* scratch;            // [blocks, 2 + stages, rows, samples]
+  SampleCounts* counts;  // [1]
+  // The tape, of up to `capacity` rows; or null.
+  double* times;      // [capacity, 4]: t, h, t_next and whether it ends the solve
+  T* states;          // [capacity, D]
+  int64_t* previous;  // [capacity]: the row before, -1 for none
+  int64_t* newest;    // [B]
+  int64_t capacity;
+  double*
+      report;  // [kSamplesReportNumbers]: rejected, ended, failures, accepted, evaluations, rows
+  T* z;
+  T* extras;
+};
+
+constexpr int kSamplesReportNumbers = 6;
+
 template <typename T>
 struct MlpGradientParams {
   TileSolve<T> tile;
   GradientPlaces places;
-  const double* times;  // [steps, 3]
+  const double* times;  // [steps, 3]: t, h and t_next
   const T* states;      // [steps, B, D]
   int64_t steps;
-  const T* z_bar;       // [B, D]
-  const T* extras_bar;  // [extras, B], or null: zeros
+  // Or with steps of the samples' own: times [rows, 4] and states [rows, D], each sample's newest
+  // row, and the one before each row, -1 for none.
+  const int64_t* previous;  // [rows], or null
+  const int64_t* newest;    // [B]
+  const T* z_bar;           // [B, D]
+  const T* extras_bar;      // [extras, B], or null: zeros
   // Scratch of each block.
   T* k;            // [blocks, 1 + 2 stages, rows, samples]
   T* sums;         // [blocks, places.numbers]
@@ -105,10 +148,17 @@ template <typename T>
 cudaError_t plan_solve(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan);
 
 template <typename T>
+cudaError_t plan_samples(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan);
+
+template <typename T>
 cudaError_t plan_gradient(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan);
 
 template <typename T>
 cudaError_t launch_mlp_solve(const MlpSolveParams<T>& p, const TilePlan& plan, cudaStream_t stream);
+
+template <typename T>
+cudaError_t launch_mlp_samples(const MlpSamplesParams<T>& p, const TilePlan& plan,
+                               cudaStream_t stream);
 
 template <typename T>
 cudaError_t launch_mlp_gradient(const MlpGradientParams<T>& p, const TilePlan& plan,

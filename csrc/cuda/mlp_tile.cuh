@@ -21,6 +21,10 @@ struct Tile {
   __device__ T* at(int place) const { return shared + place; }
   __device__ Columns<T> columns(int place) const { return {shared + place, layout.stride}; }
   __device__ int samples() const { return layout.samples; }
+  // A number that an output, or a time feature, has at the time of a sample.
+  __device__ T timed(int place, int o, int s) const {
+    return shared[place + (layout.timed == 1 ? o : o * layout.timed + s)];
+  }
   __device__ int features() const { return int(solve.field.features); }
   __device__ int last() const { return solve.field.layers - 1; }
   __device__ int out(int l) const { return int(solve.field.layer[l].out); }
@@ -77,12 +81,14 @@ __device__ void load_weights(const MlpSolve<T>& solve, const TileLayout& layout,
   }
 }
 
-// Σ_f weight[f, o] τ_f + bias_o.
+// Σ_f weight[f, o] τ_f + bias_o, features `width` apart.
 template <typename T>
 __device__ inline T linear_in_time(const T* weight, const T* bias, const T* tau, int features,
-                                   int out, int o) {
+                                   int width, int out, int o) {
   T sum = bias != nullptr ? bias[o] : T(0);
-  for (int f = 0; weight != nullptr && f < features; ++f) sum += weight[f * out + o] * tau[f];
+  for (int f = 0; weight != nullptr && f < features; ++f) {
+    sum += weight[f * out + o] * tau[f * width];
+  }
   return sum;
 }
 
@@ -98,7 +104,7 @@ __device__ void mix(const MlpSolve<T>& solve, const TileLayout& layout, T* share
   const auto trace = [&](int j, int i) {
     T sum = T(0);
     for (int d = 0; d < features; ++d) {
-      sum += first[d * first_stride + j] * gate[d] * behind[i * last_stride + d];
+      sum += first[d * first_stride + j] * gate[d * layout.timed] * behind[i * last_stride + d];
     }
     return sum;
   };
@@ -116,34 +122,37 @@ __device__ void mix(const MlpSolve<T>& solve, const TileLayout& layout, T* share
   });
 }
 
-// The network at a time. The caller has put a barrier between the last use of another time's and
-// this, and puts one behind it.
+// The network at a time, or at times of the samples' own, `times[s * stride]`. The caller has put a
+// barrier between the last use of another time's and this, and puts one behind it.
 template <typename T>
-__device__ void set_time(const MlpSolve<T>& solve, const TileLayout& layout, T* shared, T time) {
+__device__ void set_time(const MlpSolve<T>& solve, const TileLayout& layout, T* shared,
+                         const T* times, int stride) {
   const auto& field = solve.field;
-  const int features = int(field.time_features), half = features / 2;
+  const int features = int(field.time_features), half = features / 2, width = layout.timed;
   T* const tau = shared + layout.tau;
-  for_each_place(1, features, [&](int, int f) {
+  for_each_place(features, width, [&](int f, int s) {
+    const T time = times[s * stride];
     if (!field.fourier) {
-      tau[f] = time;
+      tau[s] = time;
     } else {
       const T angle = time * (T((f < half ? f : f - half) + 1) * T(3.14159265358979323846));
-      tau[f] = f < half ? cosine(angle) : sine(angle);
+      tau[f * width + s] = f < half ? cosine(angle) : sine(angle);
     }
   });
   barrier();
   for (int l = 0; l < field.layers; ++l) {
     const auto& layer = field.layer[l];
     const int out = int(layer.out);
-    for_each_place(1, out, [&](int, int o) {
-      T s = T(1), c = linear_in_time<T>(layer.shift_weight, nullptr, tau, features, out, o);
-      if (layer.gate_weight != nullptr) {
-        s = sigmoid<T>(
-            linear_in_time<T>(layer.gate_weight, layer.gate_bias, tau, features, out, o));
-      }
-      if (layer.bias != nullptr) c += s * layer.bias[o];
-      shared[layout.gate[l] + o] = s;
-      shared[layout.shift[l] + o] = c;
+    for_each_place(out, width, [&](int o, int s) {
+      const auto linear = [&](const T* weight, const T* bias) {
+        return linear_in_time<T>(weight, bias, tau + s, features, width, out, o);
+      };
+      T gate = T(1), shift = linear(layer.shift_weight, nullptr);
+      if (layer.gate_weight != nullptr)
+        gate = sigmoid<T>(linear(layer.gate_weight, layer.gate_bias));
+      if (layer.bias != nullptr) shift += gate * layer.bias[o];
+      shared[layout.gate[l] + o * width + s] = gate;
+      shared[layout.shift[l] + o * width + s] = shift;
     });
   }
   if (!solve.closed_form) return;
@@ -216,8 +225,6 @@ __device__ void activate_layer(const Tile<T>& tile, int l, const Pass& pass, Col
                                Columns<T> x) {
   const auto& layout = tile.layout;
   const int samples = tile.samples();
-  const T* const gate = tile.at(layout.gate[l]);
-  const T* const shift = tile.at(layout.shift[l]);
   T* const slopes = layout.slope[l] >= 0 ? tile.at(layout.slope[l]) : nullptr;
   if (!pass.values) {
     for_each_place(tile.out(l), samples, [&](int o, int s) {
@@ -227,9 +234,10 @@ __device__ void activate_layer(const Tile<T>& tile, int l, const Pass& pass, Col
   }
   with_activation(tile.solve.field.activation, [&](auto kind) {
     for_each_place(tile.out(l), samples, [&](int o, int s) {
+      const T gate = tile.timed(layout.gate[l], o, s), shift = tile.timed(layout.shift[l], o, s);
       T slope;
-      const T a = activate<decltype(kind)::value, T>(gate[o] * p.row(o)[s] + shift[o], slope);
-      const T scale = gate[o] * slope;
+      const T a = activate<decltype(kind)::value, T>(gate * p.row(o)[s] + shift, slope);
+      const T scale = gate * slope;
       if (pass.tangents) {
         x.row(o)[samples + s] = scale * tangent_product(tile, l, p, o, s);
       }
@@ -263,7 +271,6 @@ __device__ void add_divergence(const Tile<T>& tile, int k, Columns<T> p, Columns
   const auto& layout = tile.layout;
   const int samples = tile.samples(), last = tile.last();
   T* const sums = tile.at(layout.sums);
-  const T* const gate = tile.at(layout.gate[last]);
   for_each_place(1, samples, [&](int, int s) {
     T sum = T(0), squares = T(0);
     if (solve.closed_form) {
@@ -273,7 +280,7 @@ __device__ void add_divergence(const Tile<T>& tile, int k, Columns<T> p, Columns
       }
     } else {
       for (int d = 0; d < tile.features(); ++d) {
-        const T image = gate[d] * p.row(d)[samples + s];
+        const T image = tile.timed(layout.gate[last], d, s) * p.row(d)[samples + s];
         sum += probe_at(tile, k, d, s) * image;
         squares += image * image;
       }
@@ -305,10 +312,9 @@ __device__ void evaluate(const Tile<T>& tile, bool with_divergence, const T* z, 
     barrier();
     through_layers(tile, pass, y, x);
     if (pass.values) {
-      const T* const gate = tile.at(layout.gate[last]);
-      const T* const shift = tile.at(layout.shift[last]);
       for_each_place(features, samples, [&](int d, int s) {
-        rates[d * samples + s] = gate[d] * y(last).row(d)[s] + shift[d];
+        rates[d * samples + s] = tile.timed(layout.gate[last], d, s) * y(last).row(d)[s] +
+                                 tile.timed(layout.shift[last], d, s);
       });
     }
     if (pass.tangents) add_divergence(tile, k, y(last), x(last));
@@ -356,29 +362,28 @@ struct StageRows {
   }
 };
 
-// A method's weights times the step size.
+// A method's weights in the state's dtype.
 template <typename T>
-struct StepWeights {
+struct Weights {
   T a[kMaxStages][kMaxStages];
   T b[kMaxStages];
   T e[kMaxStages];
 };
 
 template <typename T>
-__device__ void weigh(const Tableau& tableau, T h, StepWeights<T>& weights) {
+__device__ void load_method(const Tableau& tableau, Weights<T>& weights) {
   for_each_place(tableau.stages, tableau.stages, [&](int i, int j) {
-    weights.a[i][j] = T(tableau.a[i][j]) * h;
+    weights.a[i][j] = T(tableau.a[i][j]);
     if (i > 0) return;
-    weights.b[j] = T(tableau.b[j]) * h;
-    weights.e[j] = T(tableau.e[j]) * h;
+    weights.b[j] = T(tableau.b[j]);
+    weights.e[j] = T(tableau.e[j]);
   });
 }
 
-// y[i] + Σ_j weights_j k_j[i] over the weights that are not zero; without y the sum alone.
+// Σ_j weights_j k_j[i] over the weights that are not zero.
 template <typename T>
-__device__ inline T combined(const T* y, const StageRows<T>& k, const T* weights, int count,
-                             int i) {
-  T sum = y != nullptr ? y[i] : T(0);
+__device__ inline T combined(const StageRows<T>& k, const T* weights, int count, int i) {
+  T sum = T(0);
   for (int j = 0; j < count; ++j) {
     if (weights[j] != T(0)) sum += k.row(j)[i] * weights[j];
   }

@@ -11,13 +11,12 @@ On a CPU, where the tests run it, the same work is done as written.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,10 +24,22 @@ import torch
 from torch import Tensor, nn
 
 from pycnf._build import _C
-from pycnf._ops import has_kernels, kernels, time_tensors
+from pycnf._ops import kernels, time_tensors
 from pycnf.nn.divergence import has_forward_mode
 from pycnf.nn.layers import LAYERS
-from pycnf.odeint.recording import Attempts, NotCaptured, Recorded
+from pycnf.odeint.recording import (
+    RECORDED_DTYPES,
+    Attempts,
+    NotCaptured,
+    Recorded,
+    adaptive_obstacle,
+    field_obstacle,
+    hooked,
+    module_key,
+    new_counters,
+    python_state,
+    substituted,
+)
 from pycnf.warn import warn
 
 from .control import AdaptiveControl
@@ -90,13 +101,19 @@ class Recordings:
         if x.shape[0] == 0 or not (asked or x.device.type in _DEVICES):
             return None
         parameters = wanted_parameters(problem, x, context)
-        reason = obstacle(problem, x, parameters is not None, ends)
+        taped = parameters is not None
+        reason = obstacle(problem, x, taped, ends)
         if reason is None:
-            key = key_of(problem, x, context, parameters is not None)
+            state = python_state(problem.field, x.device)
+            watched = torch.is_grad_enabled() and not taped
+            key = key_of(problem, x, context, state, taped, watched)
             try:
                 return self._solve(key, problem, x, context, parameters, asked)
             except NotCaptured as error:
                 reason = self.give_up(key, problem, error)
+            finally:
+                if new_counters(problem.field, state):
+                    self.kept.pop(key, None)  # which it will not have again
         if asked:
             self.say(reason)
         return None
@@ -160,6 +177,16 @@ def is_own(field: Any) -> bool:
     return has_forward_mode(field) and all(type(each) in LAYERS.values() for each in field.layers)
 
 
+def is_recordable(field: Any, gradient: str) -> bool:
+    """Whether a flow's solves could be replayed on a GPU, as far as its field and gradient go."""
+    if not isinstance(field, nn.Module) or hooked(field) is not None:
+        return False
+    if gradient != "discrete" and torch.is_grad_enabled():
+        return False
+    floating = (p.dtype for p in field.parameters() if p.is_floating_point())
+    return next(floating, torch.float32) in RECORDED_DTYPES
+
+
 def obstacle(problem: Problem, x: Tensor, taped: bool, ends: bool) -> str | None:
     """Why a solve cannot be replayed, None if it can.
 
@@ -171,79 +198,52 @@ def obstacle(problem: Problem, x: Tensor, taped: bool, ends: bool) -> str | None
     field = problem.field
     if x.device.type not in _DEVICES:
         return f"the state is on {x.device}, not on a GPU"
-    if not has_kernels(x.dtype, x.device):
-        return f"there are no kernels for {x.dtype}"
+    if (reason := adaptive_obstacle(x)) is not None:
+        return reason
     if problem.per_sample:
         return "steps='per-sample' regroups the samples after every attempt"
     if not isinstance(problem.control, AdaptiveControl):
         return f"method {problem.tableau.name!r} has fixed steps"
-    if not isinstance(field, nn.Module):
-        return (
-            f"the field is a {type(field).__name__}, no nn.Module, so a change of its parameters' "
-            "storage would go unseen"
-        )
+    if (reason := field_obstacle(field, "the field", x)) is not None:
+        return reason
     if ends and torch.is_grad_enabled():
         return "gradients flow to t0 or t1"
     if taped and problem.gradient != "discrete":
         return f"gradient={problem.gradient!r} needs the host; 'discrete' does not"
-    for module in field.modules():
-        if (
-            module._forward_hooks or module._forward_pre_hooks
-            or module._backward_hooks or module._backward_pre_hooks
-        ):  # fmt: skip
-            return f"there are hooks on {type(module).__name__}, which a replay would not call"
     if any(getattr(module, "_is_replica", False) for module in field.modules()):
         return "the field is a replica of nn.DataParallel, made anew for every solve"
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms the solve"
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return f"the state is on {x.device}, which is not the current device"
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return "a capture is under way"
     return None
 
 
-def key_of(problem: Problem, x: Tensor, context: Tensor | None, taped: bool) -> tuple:
-    """What a recorded solve depends on, but for the numbers that it reads from memory."""
+def key_of(
+    problem: Problem, x: Tensor, context: Tensor | None, state: dict, taped: bool, watched: bool
+) -> tuple:
+    """What a recorded solve depends on, but for the numbers that it reads from memory.
+
+    Args:
+        state: The field's `python_state`.
+        taped: Whether a gradient is wanted.
+        watched: Whether one would be, were there tensors that are not known.
+    """
     field, control = problem.field, problem.control
     given = control.first_step is not None
     return (
         id(field),  # which a recording keeps
-        tuple(
-            (p.data_ptr(), p.shape, p.stride(), p.dtype, p.requires_grad)
-            for p in (*field.parameters(), *field.buffers())
-        ),
-        tuple(module.training for module in field.modules()),
-        torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0,
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
+        module_key(field, state, x.device),
         (x.shape, x.dtype, x.device),
         None if context is None else (context.shape, context.dtype, context.requires_grad),
         None if problem.probe is None else problem.probe.shape,
         problem.tableau.name,
+        problem.compiled,
         dataclasses.replace(control, first_step=1.0 if given else None),
         (problem.direction, problem.sign, problem.divergence),
         tuple(problem.regularizers.items()),
-        taped,
+        # Its leaves stand in for parameters, and not for others in the same memory.
+        taped and tuple(id(p) for p in field.parameters() if p.requires_grad),
+        watched,
     )
-
-
-@contextlib.contextmanager
-def substituted(field: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
-    """Puts other tensors in the places of a module's parameters, by their ids."""
-    places = [
-        (module._parameters, name, parameter)
-        for module in field.modules()
-        for name, parameter in module._parameters.items()
-        if id(parameter) in tensors
-    ]
-    try:
-        for parameters, name, parameter in places:
-            parameters[name] = tensors[id(parameter)]
-        yield
-    finally:
-        for parameters, name, parameter in places:
-            parameters[name] = parameter
 
 
 class Recording:
@@ -294,8 +294,12 @@ class Recording:
         self.step = Recorded(self._attempt, device)
         done, failure = (self.attempt[_FIELD[name]] for name in ("done", "failure"))
         self.attempts = Attempts(self.step, self.report, done, failure)
+        self.parameters: list[Tensor] = []
+        self.need_context = False
         if capacity:
             self._prepare_gradient(context)
+        if torch.is_grad_enabled() and not self.dynamics.forward_mode:
+            self._check_leaves()
 
     # ---- forward: what is recorded ---------------------------------------------------------------
 
@@ -417,8 +421,6 @@ class Recording:
         # What every stage's derivative is multiplied by, in each stage's state and in the solution.
         rows = [[*row, *[0.0] * used][:used] for row in (*self.tableau.a[:used], self.tableau.b)]
         self.weights = torch.tensor(rows, dtype=torch.float64, device=self.y.device)
-        if not self.dynamics.forward_mode:
-            self._check_leaves()
 
     def _leaves(self) -> tuple[Tensor | None, list[Tensor]]:
         """The context and the parameters as leaves of their own: nothing outside a recording has
@@ -581,7 +583,8 @@ class _Job:
     ) -> tuple[Tensor, Tensor | None, list[Tensor | None]] | None:
         """None where it has to be computed with the host in the loop."""
         recording = self.recording
-        unchanged = self.key == key_of(self.problem, x, context, True)
+        state = python_state(self.problem.field, x.device)
+        unchanged = self.key == key_of(self.problem, x, context, state, True, False)
         if not unchanged or self.recordings.kept.get(self.key, recording) is None:
             return None
         if not recording.lock.acquire(blocking=False):
@@ -595,6 +598,7 @@ class _Job:
             return None
         finally:
             recording.lock.release()
+            new_counters(self.problem.field, state)
 
 
 class _Replayed(torch.autograd.Function):

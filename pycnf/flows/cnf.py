@@ -16,10 +16,11 @@ from pycnf._ops import has_kernels, probe_keys, probe_sample
 from pycnf.nn.divergence import VectorField
 from pycnf.nn.fusion import why_not_fused
 from pycnf.nn.mlp import MLP
+from pycnf.odeint.arguments import choice
 from pycnf.odeint.tableau import TABLEAUX, Tableau
 from pycnf.warn import warn
 
-from .captured import Recordings, is_own
+from .captured import Recordings, is_own, is_recordable
 from .control import AdaptiveControl, FixedControl
 from .distributions import StandardNormal
 from .dynamics import REGULARIZERS, check_time_per_sample
@@ -68,9 +69,9 @@ class CNF(nn.Module):
         max_num_steps: Largest number of attempted steps of an adaptive method.
         gradient: "discrete", "continuous", "seminorm" or "autograd".
         steps: "shared" by the batch or "per-sample"; then "continuous" means "seminorm".
-        engine: "fused" runs an `MLP` (`pycnf.nn.fuse` makes one of other modules) in f32 and f64, on
-            the CPU a whole solve in one call into compiled code, on a GPU, where the network fits
-            into the shared memory of a multiprocessor, in one launch; "generic" runs any field;
+        engine: "fused" runs an `MLP` (`pycnf.nn.fuse` makes one of other modules) in f32 and f64: a
+            whole solve in one call into compiled code on the CPU, and on a GPU, where the network
+            fits into a multiprocessor's shared memory, in one launch. "generic" runs any field;
             "auto" takes the fused one where it can. `explain()` says which it is and why.
         base: Distribution with `log_prob` [B, D] -> [B] and `sample`; None for N(0, I).
         regularizers: Weights of "kinetic", ∫‖f‖² dt, and "jacobian", ∫‖∂f/∂z‖_F² dt (RNODE, Finlay
@@ -79,8 +80,11 @@ class CNF(nn.Module):
         cuda_graph: On a GPU, records an attempted step once and replays it as a CUDA graph, and so
             for the discrete gradient: no kernel waits for Python. None for fields of `pycnf.nn`
             where that can be done; True for any module that does the same work every time, with a
-            warning where it cannot; False for never. For steps shared by the batch of adaptive
-            methods, with the discrete gradient or none.
+            warning where it cannot (none where the fused engine runs, which has nothing to record);
+            False for never. For steps shared by the batch of adaptive methods in f32 and f64, with
+            the discrete gradient or none. Numbers, strings and tensors that are attributes of the
+            field or of modules in it may change; all else that it reads from Python is read once,
+            at the recording.
 
     Attributes:
         stats: `SolveStats` of the newest forward; None before.
@@ -99,7 +103,7 @@ class CNF(nn.Module):
 
     # What was checked, and the control made of it; see `_control`.
     _checked: tuple[tuple, AdaptiveControl | FixedControl] | None = None
-    # A field and divergence, and whether they fit into a GPU; see `_why_not_one_launch`.
+    # A field and divergence, and whether they fit into a GPU; see `_why_by_layers`.
     _fitting: tuple[tuple, bool] | None = None
 
     def __init__(
@@ -303,11 +307,16 @@ class CNF(nn.Module):
         self._control()
         self._times()
         if self._takes_fused():
-            place = "the CPU" if self.field.like.device.type == "cpu" else "a GPU"
-            return (
-                "The fused engine (a whole solve in one call into compiled code): the field is an "
-                f"MLP that it knows, on {place} in {self.field.dtype}."
+            gpu = self.field.like.device.type in GPUS
+            why = self._why_by_layers()
+            how = "a whole solve in one launch" if gpu else "a whole solve in one call"
+            if why is not None:
+                how = "layer by layer"
+            sentence = (
+                f"The fused engine ({how} into compiled code): the field is an MLP that it knows, "
+                f"on {'a GPU' if gpu else 'the CPU'} in {self.field.dtype}"
             )
+            return f"{sentence}." if why is None else f"{sentence}, and {why}."
         why = "engine='generic' was asked for"
         if self.engine != "generic":
             why = self._why_not_fused()
@@ -321,7 +330,9 @@ class CNF(nn.Module):
     def _is_recorded(self) -> bool:
         """Whether, on a GPU, solves of this flow are recorded, as far as it says itself."""
         wanted = is_own(self.field) if self.cuda_graph is None else self.cuda_graph
-        return wanted and self.steps == "shared" and TABLEAUX[self.method].adaptive
+        if not (wanted and self.steps == "shared" and TABLEAUX[self.method].adaptive):
+            return False
+        return is_recordable(self.field, self.gradient)
 
     def extra_repr(self) -> str:
         text = (
@@ -389,8 +400,7 @@ class CNF(nn.Module):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1")
-        if self.cuda_graph not in (None, True, False):
-            raise ValueError(f"cuda_graph: got {self.cuda_graph!r}, expected True, False or None")
+        choice("cuda_graph", self.cuda_graph)
         if not isinstance(self.keep_bytes, int) or self.keep_bytes < 0:
             raise ValueError(f"keep_bytes: got {self.keep_bytes!r}, expected a number of bytes")
         for name in ("rtol", "atol"):
@@ -433,33 +443,34 @@ class CNF(nn.Module):
                 "the fused engine does not compute while it solves; 'seminorm' has not"
             )
         like = field.like
-        gpu = like.device.type in GPUS
         served = has_kernels(like.dtype, like.device) and like.device.type in ("cpu", *GPUS)
         if not served or like.dtype not in (torch.float32, torch.float64):
             return (
                 "it runs float32 and float64 on the CPU and on GPUs that pycnf was built for, and "
                 f"the field is {like.dtype} on {like.device}"
             )
-        return self._why_not_one_launch() if gpu else None
+        return None
 
-    def _why_not_one_launch(self) -> str | None:
-        """What keeps a GPU from solving with the fused engine, or None."""
-        if self.steps == "per-sample" and TABLEAUX[self.method].adaptive:
-            return "on a GPU it takes steps that the batch shares"
-        if self.gradient != "discrete":
-            return "on a GPU it has the discrete gradient alone"
-        if any(getattr(time, "requires_grad", False) for time in (self.t0, self.t1)):
-            return "on a GPU it has no gradients of t0 and t1"
+    def _why_by_layers(self) -> str | None:
+        """What keeps a GPU from solving in one launch, so that it goes layer by layer; or None."""
         field = self.field
+        if field.like.device.type not in GPUS:
+            return None
+        if self.gradient != "discrete":
+            return f"gradient={self.gradient!r} has none in one launch"
+        if any(getattr(time, "requires_grad", False) for time in (self.t0, self.t1)):
+            return "t0 and t1 have no gradients in one launch"
         probes = self.probes if self.divergence == "hutchinson" else False
+        own_times = self.steps == "per-sample" and TABLEAUX[self.method].adaptive
         parts = [layer.parts() for layer in field.layers]
         shapes = [(p.weight.shape, p.gate_weight is not None) for p in parts]
         key = (field.like.device, field.like.dtype, shapes, field.time, probes)
-        key = (*key, tuple(self.regularizers))
+        key = (*key, tuple(self.regularizers), own_times)
         if self._fitting is None or self._fitting[0] != key:
-            self._fitting = (key, fits_gpu(field, probes, tuple(self.regularizers)))
+            fits = fits_gpu(field, probes, tuple(self.regularizers), own_times)
+            self._fitting = (key, fits)
         if not self._fitting[1]:
-            return "the network does not fit into the shared memory of a GPU's multiprocessor"
+            return "the network does not fit into a multiprocessor's shared memory"
         return None
 
     def _make_control(self) -> AdaptiveControl | FixedControl:
@@ -607,7 +618,9 @@ class CNF(nn.Module):
                 check_time_per_sample(problem, x, context)
                 self._times_checked = True
             if self._takes_fused():
-                return solve_fused(problem, x, context, start, end)
+                if self._why_by_layers() is None:
+                    return solve_fused(problem, x, context, start, end)
+                problem.compiled, problem.stats.engine = True, "fused"
             if not torch.is_inference_mode_enabled():
                 return self._solve_generic(problem, x, context, start, end)
             # A divergence by vector-Jacobian products needs a graph, which inference mode refuses.

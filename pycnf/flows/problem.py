@@ -30,6 +30,8 @@ class Problem:
         gradient: "discrete", "continuous", "seminorm" or "autograd".
         keep_bytes: How much memory the stages' graphs may take for a discrete gradient; beyond, the
             gradient computes them again, step by step.
+        compiled: An `MLP` is evaluated by the compiled ops, where they serve it, and not layer by
+            layer in PyTorch: on a GPU a product and a pass over memory for each layer.
         stats: Filled in by the solve.
     """
 
@@ -45,6 +47,7 @@ class Problem:
     per_sample: bool = False
     gradient: str = "discrete"
     keep_bytes: int = 0
+    compiled: bool = False
     stats: SolveStats = field(default_factory=SolveStats)
 
     @property

@@ -23,9 +23,11 @@ from pycnf.odeint import rounding
 from pycnf.odeint.arguments import (
     check_finite_times,
     check_function,
+    choice,
     count,
     number,
     numbers,
+    warn_not_recorded,
     warn_unused,
 )
 from pycnf.odeint.problem import Problem
@@ -33,7 +35,6 @@ from pycnf.odeint.replay import replayed
 from pycnf.odeint.step_times import StepTimes
 from pycnf.odeint.stepper import Rows, differentiable_quartic, differentiable_step
 from pycnf.odeint.tableau import Tableau
-from pycnf.warn import warn
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class AdaptiveSolver:
         min_step: float = 0.0,
         max_step: float = math.inf,
         max_num_steps: int = 2**31 - 1,
-        cuda_graph: bool = False,
+        cuda_graph: bool | None = None,
         **unused: Any,
     ) -> None:
         warn_unused(name, unused)
@@ -160,7 +161,7 @@ class AdaptiveSolver:
             *(self.round(number(*limit)) for limit in limits.items()),
             count("max_num_steps", max_num_steps),
         )
-        self.first_step, self.cuda_graph = first_step, bool(cuda_graph)
+        self.first_step, self.cuda_graph = first_step, choice("cuda_graph", cuda_graph)
         self.given_stops = {"step_t": step_t, "jump_t": jump_t}
         self.stops: dict[str, list[float]] = {}
         self.stop_graphs: dict[str, Sequence[Tensor]] = {}
@@ -192,13 +193,13 @@ class AdaptiveSolver:
 
     def integrate(self) -> Tensor:
         """States at the output times, [T, *y0.shape]."""
+        times = self.problem.s.to(self.dtype)
+        values = [self.round(time) for time in self.problem.times]
+        check_finite_times(values[0], values[-1])
         if self.cuda_graph:
             self.cuda_graph = False
             if (solution := replayed(self)) is not None:
                 return solution
-        times = self.problem.s.to(self.dtype)
-        values = [self.round(time) for time in self.problem.times]
-        check_finite_times(values[0], values[-1])
         y0 = self.problem.y0
         solution = torch.empty((len(values), *y0.shape), dtype=y0.dtype, device=y0.device)
         graph = y0.requires_grad and torch.is_grad_enabled()
@@ -237,8 +238,7 @@ class AdaptiveSolver:
                 'captured by torch.cuda.graph; options={"cuda_graph": True} records its attempts, '
                 "and methods on a fixed grid can be captured whole"
             )
-        if self.cuda_graph:
-            warn("cuda_graph: events and dense output look at every step; solved without")
+        warn_not_recorded(self.cuda_graph, "events and dense output look at every step")
         problem = self.problem
         y0 = problem.y0
         self.s = self.round(problem.times[0])
@@ -248,9 +248,7 @@ class AdaptiveSolver:
         grad = torch.is_grad_enabled()
         plain = y0.dim() > 0 and all(part.dtype == y0.dtype for part in fresh)
         if self.first_step is not None:
-            first = numbers("first_step", self.first_step, self.dtype)
-            if first.numel() != 1:
-                raise ValueError(f"first_step must be one number, got {tuple(first.shape)}")
+            first = self.given_first_step()
         elif grad or not plain or not self.own_norm:
             first = self._initial_step_by_tensors(problem.joined(fresh))
         else:
@@ -260,6 +258,13 @@ class AdaptiveSolver:
         self.ds_graph = first if grad and first.requires_grad else None
         self.finite = bool(torch.isfinite(y0).all())
         self.sort_stops()
+
+    def given_first_step(self) -> Tensor:
+        """The option first_step as a tensor of one number, with its graph."""
+        first = numbers("first_step", self.first_step, self.dtype)
+        if first.numel() != 1:
+            raise ValueError(f"first_step must be one number, got {tuple(first.shape)}")
+        return first
 
     def sort_stops(self) -> None:
         """Grid points and discontinuities after the start, ascending, and the next of each."""

@@ -41,6 +41,19 @@ def count(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be a whole number, got {_shown(value)}") from None
 
 
+def choice(name: str, value: Any) -> bool | None:
+    """A value that must be True, False or None."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{name}: got {value!r}, expected True, False or None")
+    return value
+
+
+def warn_not_recorded(cuda_graph: Any, reason: str) -> None:
+    """Says why an option cuda_graph is not served, where it is set."""
+    if choice("cuda_graph", cuda_graph):
+        warn(f"cuda_graph: {reason}; solved without")
+
+
 def check_step_size(value: Any) -> None:
     """Refuses a step size that makes no grid."""
     size = number("step_size", value)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pycnf._ops import time_tensors
 from pycnf.odeint import rounding
-from pycnf.odeint.arguments import check_step_size, warn_unused
+from pycnf.odeint.arguments import check_step_size, choice, warn_unused
 from pycnf.odeint.grid_replay import replayed_grid
 from pycnf.odeint.problem import Problem
 from pycnf.odeint.tableau import Tableau
@@ -72,7 +72,7 @@ class FixedGridSolver(abc.ABC):
         grid_constructor: Callable | None = None,
         interp: str = "linear",
         perturb: bool = False,
-        cuda_graph: bool = False,
+        cuda_graph: bool | None = None,
         **unused: Any,
     ) -> None:
         warn_unused(name, unused)
@@ -82,7 +82,7 @@ class FixedGridSolver(abc.ABC):
         self.atol = problem.atol  # of an event's time
         self.step_size, self.grid_constructor = step_size, grid_constructor
         self.interp, self.perturb = interp, bool(perturb)
-        self.cuda_graph = bool(cuda_graph)
+        self.cuda_graph = choice("cuda_graph", cuda_graph)
         self.round = rounding.rounding(problem.s.dtype)
 
     def grid(self, s: Tensor) -> Tensor:

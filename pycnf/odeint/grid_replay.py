@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pycnf.odeint.recording import Recorded, borrowed, count_evaluations, from_recording
+from pycnf.odeint.recording import (
+    DerivedField,
+    Recorded,
+    borrowed,
+    count_evaluations,
+    from_recording,
+)
 from pycnf.odeint.stats import SolveStats
 
 if TYPE_CHECKING:
@@ -47,7 +53,7 @@ class GridReplay:
         self.solver.problem = replace(
             problem, func=func, y0=self.y, s=s, stats=SolveStats(problem.method)
         )
-        if hasattr(func, "solve"):
+        if isinstance(func, DerivedField):
             func.solve = self.solver.problem
         self.solution = self.y.new_empty(len(problem.times), *self.y.shape)
         self.run = Recorded(self._run, self.y.device)

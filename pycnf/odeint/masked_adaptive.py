@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pycnf import reference
 from pycnf.odeint import rounding
-from pycnf.odeint.arguments import check_function, count, numbers, warn_unused
+from pycnf.odeint.arguments import check_function, count, numbers, warn_not_recorded, warn_unused
 from pycnf.odeint.elements import Elements
 from pycnf.odeint.masked_outputs import Outputs, fraction, nearest, weighted
 from pycnf.odeint.tableau import Tableau
@@ -44,9 +44,11 @@ class MaskedAdaptiveSolver:
         min_step: float = 0.0,
         max_step: float = math.inf,
         max_num_steps: int = _UNLIMITED,
+        cuda_graph: bool | None = None,
         **unused: Any,
     ) -> None:
         warn_unused(name, unused)
+        warn_not_recorded(cuda_graph, "every element takes its own steps")
         y0 = elements.y0
         self.elements, self.tableau = elements, tableau
         if y0.device.type == "mps" and dtype == torch.float64:

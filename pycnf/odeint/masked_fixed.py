@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pycnf.odeint import rounding
-from pycnf.odeint.arguments import check_step_size, warn_unused
+from pycnf.odeint.arguments import check_step_size, warn_not_recorded, warn_unused
 from pycnf.odeint.elements import Elements, by_time
 from pycnf.odeint.fixed_grid import cubic_hermite
 from pycnf.odeint.masked_outputs import Outputs, fraction, nearest
@@ -35,9 +35,11 @@ class MaskedFixedGridSolver:
         grid_constructor: Callable | None = None,
         interp: str = "linear",
         perturb: bool = False,
+        cuda_graph: bool | None = None,
         **unused: Any,
     ) -> None:
         warn_unused(name, unused)
+        warn_not_recorded(cuda_graph, "every element takes its own steps")
         if step_size is not None and grid_constructor is not None:
             raise ValueError("step_size and grid_constructor are mutually exclusive arguments.")
         if interp not in ("linear", "cubic"):

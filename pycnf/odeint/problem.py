@@ -180,7 +180,7 @@ def make_problem(
         raise ValueError(f'Invalid method "{method}". Must be one of {names}.')
     norm = options.pop("norm", norm)
     if times is None:
-        times = output_times(t, remember=bool(options.get("cuda_graph")))
+        times = output_times(t, remember=options.get("cuda_graph") is True)
     sign = -1 if len(times) > 1 and times[0] > times[1] else 1
     s = t
     if sign < 0:

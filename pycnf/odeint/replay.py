@@ -24,7 +24,10 @@ from pycnf._ops import kernels, time_tensors
 from pycnf.odeint.problem import Problem
 from pycnf.odeint.recording import (
     Attempts,
+    DerivedField,
+    NotCaptured,
     Recorded,
+    adaptive_obstacle,
     borrowed,
     count_evaluations,
     from_recording,
@@ -46,6 +49,8 @@ def replayed(solver: AdaptiveSolver) -> Tensor | None:
     """The solution of an adaptive solve by replays; see `from_recording`."""
     if len(solver.problem.s) == 1:
         return None  # nothing to repeat
+    if solver.first_step is not None:
+        solver.given_first_step()  # or an error that says what it should be
     reason = _obstacle(solver)
     settings = () if reason is not None else _settings(solver)
     return from_recording(solver, reason, settings, lambda: Replay(solver))
@@ -54,8 +59,13 @@ def replayed(solver: AdaptiveSolver) -> Tensor | None:
 def _obstacle(solver: AdaptiveSolver) -> str | None:
     """What of a solver's cannot be done without the host."""
     y0 = solver.problem.y0
-    if y0.dtype not in (torch.float32, torch.float64):
-        return f"there are no kernels for {y0.dtype}"
+    if (reason := adaptive_obstacle(y0)) is not None:
+        return reason
+    if y0.dim() == 0 and y0.dtype != torch.float64 and solver.first_step is None:
+        return (
+            f"the first step of a 0-dim {y0.dtype} is chosen with the host; the option first_step "
+            "gives one"
+        )
     if not solver.one_loop:
         return 'gradient="joined" stops where a cotangent comes in'
     if solver.tape is not None:
@@ -73,7 +83,7 @@ def _settings(solver: AdaptiveSolver) -> tuple:
         solver.limits,
         tuple(solver.problem.segments()),
         tuple(
-            x.item() if x.dim() == 0 and x.device.type == "cpu" else x.data_ptr()
+            x.item() if x.dim() == 0 and x.device.type == "cpu" else (x.shape, x.device)
             for x in (solver.rows.rtol, solver.rows.atol)
         ),
         solver.first_step is None,
@@ -104,10 +114,11 @@ class Replay:
         self.y = torch.empty_like(y0)
         func = borrowed(problem)
         self.problem = replace(problem, func=func, y0=self.y, s=problem.s[:0], stats=stats)
-        if hasattr(func, "solve"):
+        if isinstance(func, DerivedField):
             func.solve = self.problem
         self.tableau, self.transient = tableau, solver.transient
-        self.time_dtype, self.rtol, self.atol = solver.dtype, rows.rtol, rows.atol
+        self.time_dtype = solver.dtype
+        self.rtol, self.atol = rows.rtol.clone(), rows.atol.clone()
         self.segments, self.solution_weights = rows.segments, rows.solution
         self.ops = kernels(y0)
         device = y0.device
@@ -149,6 +160,12 @@ class Replay:
     def _field(self, t: Tensor) -> Tensor:
         """The field at the state, in the first row."""
         fresh = self.problem.call(t, self.y)
+        other = [part.dtype for part in fresh if part.dtype != self.y.dtype]
+        if other and self.first_step is None:
+            raise NotCaptured(
+                f"it returns {other[0]} for a state of {self.y.dtype}, of which the first step is "
+                "chosen with the host; the option first_step gives one"
+            )
         f = self.problem.as_state(fresh, self.y)
         self.k[0].copy_(f.reshape(-1))
         return self.k[0].view_as(self.y)
@@ -198,11 +215,14 @@ class Replay:
         problem = solver.problem
         self.y.copy_(problem.y0)
         self.outputs.copy_(problem.s.to(solver.dtype))
+        for mine, given in ((self.rtol, solver.rows.rtol), (self.atol, solver.rows.atol)):
+            if mine.dim() > 0 or mine.is_cuda:  # others are read at the recording, and settings
+                mine.copy_(given)
         if len(self.stops):
             stops = time_tensors(_stops(solver), torch.float64, self.stops.device)
             self.stops.copy_(torch.stack(stops))
         if self.first_step is not None:
-            first = torch.as_tensor(solver.first_step, dtype=solver.dtype)
+            first = solver.given_first_step()
             if not first.is_cuda:
                 (first,) = time_tensors([first.item()], torch.float64, self.y.device)
             self.first_step.copy_(first.reshape(1))

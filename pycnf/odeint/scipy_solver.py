@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pycnf.odeint import rounding
-from pycnf.odeint.arguments import warn_unused
+from pycnf.odeint.arguments import warn_not_recorded, warn_unused
 from pycnf.odeint.fixed_grid import problem_call
 from pycnf.odeint.problem import Problem
 from pycnf.odeint.tableau import Tableau
@@ -39,6 +39,7 @@ class ScipySolver:
         solver: str = "LSODA",
         min_step: float = 0,
         max_step: float = math.inf,
+        cuda_graph: bool | None = None,
         **unused: Any,
     ) -> None:
         if tape is not None:
@@ -47,6 +48,7 @@ class ScipySolver:
                 "not tell"
             )
         warn_unused(name, {k: v for k, v in unused.items() if k not in ("grid_points", "eps")})
+        warn_not_recorded(cuda_graph, "SciPy solves on the CPU")
         self.problem, self.solver = problem, solver
         problem.stats.accepted = problem.stats.rejected = None  # SciPy does not tell
         self.steps = {"min_step": min_step, "max_step": max_step}

@@ -154,10 +154,14 @@ def odeint(
             ("linear", "cubic"), perturb; implicit also max_iters (100) of Broyden's method, which
             ends at a residual of 1e-8 (1e-6 in float32) in Euclidean norm, whatever rtol and atol;
             Adams also max_order (12), and max_iters (4) of the corrector, which ends where rtol and
-            atol are met; SciPy: solver ("LSODA"), min_step, max_step. With cuda_graph, explicit
-            methods of one step replay a recorded attempt, or solve on a grid, on a GPU: func is an
-            nn.Module then, run twice as written and not called again for equal shapes, times
-            (on a grid) and parameters in their place.
+            atol are met; SciPy: solver ("LSODA"), min_step, max_step. cuda_graph (True, False or
+            None): on a GPU, explicit methods of one step replay a recorded attempt, or a recorded
+            solve on a grid. func is an nn.Module then, run twice as written and not called again
+            while shapes, settings, the times of a grid and the places of its tensors are the same.
+            It is recorded anew where a number, string or tensor that is an attribute of it or of a
+            module in it has been replaced; all else that it reads from Python (closures, globals,
+            lists, counters of its own) is read once, at the recording. README.md, "Recorded
+            solves", lists what is not recorded; a warning says which it was.
         event_fn: of (t, y), a tensor of any shape: the solve ends where a component of it changes
             sign. t is then [start, anything in the direction of time]; a method on a fixed grid
             needs the option step_size.

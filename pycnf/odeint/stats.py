@@ -22,7 +22,8 @@ class SolveStats:
             shape, 0-dim if elements cannot differ; None where the method does not tell (SciPy's,
             and solver classes of the user's).
         step_sizes: of the accepted steps, in order and positive; the last may reach past the last
-            output time. Empty where `accepted` is no number.
+            output time. Empty where `accepted` is no number; of a recorded solve (`cuda_graph`) the
+            first 16384.
         backward: the same of the solves of the gradient by `odeint_adjoint`, in sum, from the first
             one on. A discrete gradient solves nothing: it counts evaluations alone.
     """

@@ -15,12 +15,12 @@ from torch import Tensor
 from pycnf._ops import has_kernels, time_tensors
 from pycnf.odeint import rounding
 from pycnf.odeint.adaptive import AdaptiveSolver
+from pycnf.odeint.arguments import warn_not_recorded
 from pycnf.odeint.explicit_grid import ExplicitGridSolver
 from pycnf.odeint.fixed_grid import Ends, FixedGridSolver, cubic_hermite, problem_call
 from pycnf.odeint.problem import Problem
 from pycnf.odeint.stepper import Rows
 from pycnf.odeint.user_solver import UserSolver
-from pycnf.warn import warn
 
 _MAX_FIXED_STEPS = 20000
 
@@ -90,8 +90,7 @@ def _adaptively(solver: AdaptiveSolver) -> tuple[Tensor, Tensor]:
 
 
 def _on_fixed_grid(solver: FixedGridSolver) -> tuple[Tensor, Tensor]:
-    if solver.cuda_graph:
-        warn("cuda_graph: an event is looked for after every step; solved without")
+    warn_not_recorded(solver.cuda_graph, "an event is looked for after every step")
     problem, step_size = solver.problem, solver.step_size
     assert step_size is not None, (
         "Event handling for fixed step solvers currently requires `step_size` to be provided in "

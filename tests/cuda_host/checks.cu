@@ -102,8 +102,8 @@ __global__ void grid_kernel(int how, int* counter, double* squares, double* out)
 __global__ void empty_kernel() {}
 
 // Blocks that stay and go through more tiles than they are: sums[tile] = the sum of the tile's
-// `width` numbers, which a block holds in shared memory; then, behind the grid's barrier, out[block]
-// = the sum of all sums. taken[tile] = the block that had it.
+// `width` numbers, which a block holds in shared memory, and taken[tile] = the block that had it;
+// then, behind the grid's barrier, out[block] = the sum of all sums.
 __global__ void tiles_kernel(int tiles, int width, const double* numbers, double* sums, int* taken,
                              double* out) {
   double* tile_numbers = shared_memory<double>();

@@ -139,6 +139,11 @@ T atomicAdd(T* at, std::type_identity_t<T> value) {
 }
 
 template <typename T>
+T atomicMax(T* at, std::type_identity_t<T> value) {
+  return atomicExch(at, *at < value ? value : *at);
+}
+
+template <typename T>
 T atomicCAS(T* at, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
   return atomicExch(at, *at == expected ? value : *at);
 }

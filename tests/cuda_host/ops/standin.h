@@ -1,5 +1,5 @@
-// Comes before all else of csrc/torch's sources, so that their CUDA ops become those of a device whose
-// memory is the host's (device.cpp), in a library of their own, torch.ops.pycnf_cuda_host.
+// Comes before all else of csrc/torch's sources, so that their CUDA ops become those of a device
+// whose memory is the host's (device.cpp), in a library of their own, torch.ops.pycnf_cuda_host.
 #pragma once
 
 #include <ATen/ATen.h>
