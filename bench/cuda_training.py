@@ -206,6 +206,8 @@ class Training:
         else:
             stats = step.flow.stats
             facts["engine"] = stats.engine
+            if "layer by layer" in step.flow.explain():
+                facts["engine"] += ", layer by layer"
             facts["steps"] = f"{stats.accepted} + {stats.rejected} rejected"
             facts["nfe"] = f"{stats.nfe_forward} + {stats.nfe_backward}"
         if on_gpu and not isinstance(step, DiffraxStep):  # whose memory is not torch's

@@ -157,7 +157,7 @@ class Fake:
         stats = SimpleNamespace(
             engine="fused", accepted=2, rejected=1, nfe_forward=20, nfe_backward=0
         )
-        self.flow = SimpleNamespace(stats=stats)
+        self.flow = SimpleNamespace(stats=stats, explain=lambda: "")
 
     def __call__(self):
         self.calls += 1
