@@ -187,6 +187,15 @@ def test_random_numbers_are_noticed(monkeypatch):
     assert recorded.random is True
 
 
+def test_random_numbers_of_the_works_own_generators_are_noticed(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    recorded, offsets = cuda.recorded(), iter([0, 4])
+    recorded.generators = [SimpleNamespace(get_offset=lambda: next(offsets))]
+    for _ in range(3):
+        recorded()
+    assert recorded.random is True
+
+
 VERSIONS = ["2.11.0+cu130", "2.13.0", "2.14.0a0+git1"]
 
 

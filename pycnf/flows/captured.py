@@ -34,6 +34,7 @@ from pycnf.odeint.recording import (
     Recorded,
     adaptive_obstacle,
     field_obstacle,
+    generators_of,
     hooked,
     module_key,
     new_counters,
@@ -292,6 +293,7 @@ class Recording:
         ]
         self.begin = Recorded(self._begin, device)
         self.step = Recorded(self._attempt, device)
+        self.step.generators = generators_of(problem.field, device)
         done, failure = (self.attempt[_FIELD[name]] for name in ("done", "failure"))
         self.attempts = Attempts(self.step, self.report, done, failure)
         self.parameters: list[Tensor] = []

@@ -125,7 +125,7 @@ def from_recording(
     if reason is not None:
         warn(f"cuda_graph: {reason}; solved without")
         return None
-    owner = _owner(problem)
+    owner = field_of(problem)
     kept = _kept.setdefault(owner, OrderedDict())
     state = python_state(owner, problem.y0.device)
     key = (*_key(problem, owner, state), *settings)
@@ -166,7 +166,7 @@ def _surroundings(problem: Problem) -> Iterator[None]:
         yield
 
 
-def _owner(problem: Problem) -> Any:
+def field_of(problem: Problem) -> Any:
     """The user's field, which an adjoint problem's field has behind it."""
     func = problem.func
     return func.owner if isinstance(func, DerivedField) else func
@@ -174,7 +174,7 @@ def _owner(problem: Problem) -> Any:
 
 def _obstacle(problem: Problem) -> str | None:
     """Why a problem cannot be solved by replays, None if it can."""
-    y0, func, owner = problem.y0, problem.func, _owner(problem)
+    y0, func, owner = problem.y0, problem.func, field_of(problem)
     if y0.device.type not in _DEVICES:
         return f"the state is on {y0.device}, not on a GPU"
     if isinstance(owner, DerivedField):
@@ -302,6 +302,12 @@ def python_state(module: nn.Module, device: torch.device) -> dict[tuple[int, str
     return found
 
 
+def generators_of(module: nn.Module, device: torch.device) -> list[torch.Generator]:
+    """Those that a module tree draws a GPU's random numbers from, as far as they are attributes."""
+    values = (value for part in module.modules() for value in vars(part).values())
+    return [x for x in values if isinstance(x, torch.Generator) and x.device == device]
+
+
 def new_counters(module: nn.Module, before: dict) -> bool:
     """Whether evaluations since `before`, a `python_state`, have changed whole numbers, which from
     now on are known as counters.
@@ -380,6 +386,8 @@ class Recorded:
         self.graph: Any = None
         # Whether replays draw random numbers; None before the first.
         self.random: bool | None = None
+        # From where, beside the device's own generator.
+        self.generators: list[torch.Generator] = []
 
     def __call__(self) -> None:
         if self.device.type != "cuda":
@@ -410,11 +418,13 @@ class Recorded:
         self.warm = True
 
     def _replay(self) -> None:
-        generator = torch.cuda.default_generators[self.device.index]
-        offset = generator.get_offset() if self.random is None else 0
+        if self.random is not None:
+            self.graph.replay()
+            return
+        generators = [torch.cuda.default_generators[self.device.index], *self.generators]
+        before = [each.get_offset() for each in generators]
         self.graph.replay()
-        if self.random is None:
-            self.random = generator.get_offset() != offset
+        self.random = before != [each.get_offset() for each in generators]
 
 
 def _record(work: Callable[[], None], device: torch.device) -> Any:

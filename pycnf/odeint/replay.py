@@ -30,7 +30,9 @@ from pycnf.odeint.recording import (
     adaptive_obstacle,
     borrowed,
     count_evaluations,
+    field_of,
     from_recording,
+    generators_of,
 )
 from pycnf.odeint.rounding import real_dtype
 from pycnf.odeint.stats import SolveStats
@@ -146,6 +148,7 @@ class Replay:
         self.stage_times = self.times.unbind()
         self.begin = Recorded(self._begin, device)
         self.step = Recorded(self._attempt, device)
+        self.step.generators = generators_of(field_of(solver.problem), device)
         done, failure = (self.attempt[_FIELD[name]] for name in ("done", "failure"))
         told = self.report[: _C.report_numbers]
         self.attempts = Attempts(self.step, told, done, failure)
