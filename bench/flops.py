@@ -55,16 +55,33 @@ def step_flops(
     uses need no divergence. A stage that is not kept is evaluated once more
     (`stats.nfe_backward`).
     """
+    value, tangent, constant = _products(field, batch, probes)
+    used, plain = _stages(method)
+    again = stats.nfe_backward / used  # accepted steps whose stages were not kept
+    forward = stats.nfe_backward * (value + tangent) - again * plain * tangent
+    reverse = stats.accepted * (used * 2 * value + (used - plain) * 2 * tangent)
+    return solve_flops(field, batch, probes, method, stats) + forward + reverse + constant
+
+
+def solve_flops(
+    field: pycnf.nn.MLP, batch: int, probes: int, method: str, stats: pycnf.flows.SolveStats
+) -> float:
+    """FLOPs of such a solve alone; without divergence, where there are no probes."""
+    value, tangent, constant = _products(field, batch, probes)
+    _, plain = _stages(method)
+    attempts = stats.accepted + stats.rejected
+    return stats.nfe_forward * (value + tangent) - attempts * plain * tangent + constant
+
+
+def _products(field: pycnf.nn.MLP, batch: int, probes: int) -> tuple[float, float, float]:
+    """FLOPs of a value, of its tangents behind the first layer, and of those in it."""
+    total, first = weights(field)
+    rows = 2.0 * batch
+    return rows * total, rows * (total - first) * probes, rows * first * probes
+
+
+def _stages(method: str) -> tuple[int, int]:
+    """How many stages an accepted step uses, and how many of them without divergence."""
     tableau = TABLEAUX[method]
     used = tableau.stages_in_use
-    plain = sum(b == 0 and e == 0 for b, e in zip(tableau.b[:used], tableau.e[:used]))
-    attempts = stats.accepted + stats.rejected
-    again = stats.nfe_backward / used  # accepted steps whose stages were not kept
-    total, first = weights(field)
-    value = 2.0 * total * batch
-    tangent = 2.0 * (total - first) * batch * probes
-
-    forward = (stats.nfe_forward + stats.nfe_backward) * (value + tangent)
-    forward -= (attempts + again) * plain * tangent
-    reverse = stats.accepted * (used * 2 * value + (used - plain) * 2 * tangent)
-    return forward + reverse + 2 * 2.0 * first * batch * probes
+    return used, sum(b == 0 and e == 0 for b, e in zip(tableau.b[:used], tableau.e[:used]))

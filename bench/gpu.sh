@@ -15,7 +15,8 @@ fi
 
 # The part that is cut off gets ten more seconds to say what it had, and the report a few.
 readonly deadline=$((SECONDS + 500))
-readonly build_limit=180 tests_limit=150 memcheck_limit=60
+# Seconds that are left for each part even if all before it take all they may.
+readonly tests=100 forward=35 training=95 cuda=60 memcheck=45  # and the build's: 165
 
 sees_gpu() {
   timeout 60 "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' >/dev/null 2>&1
@@ -38,7 +39,8 @@ fi
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-rm -f "$out"/{build,tests,memcheck,cuda}.log "$out"/{cuda,gpu}.json "$out/gpu.md" "$out/parts.tsv"
+rm -f "$out"/{build,tests,cuda_forward,cuda_training,cuda,memcheck}.log \
+  "$out"/{cuda_forward,cuda_training,cuda,gpu}.json "$out/gpu.md" "$out/parts.tsv"
 
 if ! "$python" -m bench.gpu_needs; then
   echo "gpu.sh: the above is missing; Python packages may also come by PYTHONPATH." >&2
@@ -56,11 +58,13 @@ fi
 
 failed=0
 
-# part NAME SECONDS COMMAND...: runs it with a limit, logs to OUT/NAME.log, notes how it went.
+# part NAME LATER COMMAND...: runs it with a limit, logs to OUT/NAME.log, notes how it went. It may
+# take what is left but for LATER seconds, those of the parts behind it; LIMIT in the command
+# becomes ten seconds less, for what ends by itself.
 part() {
-  local name=$1 limit=$2 left=$((deadline - SECONDS)) begin=$SECONDS status=0 state
+  local name=$1 limit=$((deadline - SECONDS - $2)) begin=$SECONDS status=0 state
   shift 2
-  if ((limit > left)); then limit=$left; fi
+  set -- "${@/#LIMIT/$((limit - 10))}"
   if ((limit < 1)); then
     status=1 state="not begun"
   else
@@ -80,22 +84,34 @@ part() {
   fi
 }
 
-if ! part build $build_limit "$python" setup.py build_ext --inplace; then
+if ! part build $((tests + forward + training + cuda + memcheck)) \
+  "$python" setup.py build_ext --inplace; then
   tail -n 30 "$out/build.log" >&2
   exit 1
 fi
 
 pytest=("$python" -m pytest -q -m cuda -p no:cacheprovider)
-part tests $tests_limit "${pytest[@]}" --continue-on-collection-errors tests ||
+part tests $((forward + training + cuda + memcheck)) "${pytest[@]}" tests/test_cuda.py ||
   tail -n 30 "$out/tests.log" >&2
+
+# A process each: an error of a kernel spoils its process.
+part cuda_forward $((training + cuda + memcheck)) \
+  "$python" -m bench cuda_forward --out "$out" ||
+  tail -n 30 "$out/cuda_forward.log" >&2
+part cuda_training $((cuda + memcheck)) \
+  "$python" -m bench cuda_training --seconds LIMIT --out "$out" ||
+  tail -n 30 "$out/cuda_training.log" >&2
+part cuda $memcheck "$python" -m bench cuda --rounds 5 --out "$out" ||
+  tail -n 30 "$out/cuda.log" >&2
 
 # Some tests of every kernel: groups cut off at the end, views without alignment, tables of pieces.
 # Without torch's cache every tensor is an allocation of its own, beyond whose end nothing is valid.
 selection="((test_stage or test_finish or test_interpolate or test_initial_norms) and 1025 and f32)
   or (test_finish_segments and many and f64) or opcheck or strided or stores_what
-  or (test_rademacher and 129) or test_keys or test_time_tensors"
+  or (test_rademacher and 129) or test_keys or test_time_tensors or as_written
+  or (TestFused and (test_batches or test_regularizers or test_probes or (test_layers and concat)))"
 if command -v compute-sanitizer >/dev/null; then
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck $memcheck_limit \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 0 \
     compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
     "${pytest[@]}" tests/test_cuda.py -k "${selection//$'\n'/ }" ||
     tail -n 30 "$out/memcheck.log" >&2
@@ -103,9 +119,6 @@ else
   printf 'memcheck\tno compute-sanitizer\t0\n' >>"$out/parts.tsv"
   echo "memcheck: no compute-sanitizer"
 fi
-
-part cuda $((deadline - SECONDS)) "$python" -m bench cuda --out "$out" ||
-  tail -n 30 "$out/cuda.log" >&2
 
 timeout 20 "$python" -m bench.gpu_report "$out"
 exit $failed

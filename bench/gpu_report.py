@@ -18,6 +18,7 @@ from torch.utils import cpp_extension
 from bench.harness import Row, machine, program_output, table
 
 _ROOT = Path(__file__).parents[1]
+_BENCHMARKS = ("cuda_forward", "cuda_training", "cuda")
 _SUMMARIES = {
     "tests": re.compile(r"\d+ (passed|failed|errors?|skipped|deselected)\b.* in "),
     "memcheck": re.compile(r"ERROR SUMMARY: "),
@@ -26,9 +27,15 @@ _SUMMARIES = {
 
 def content(folder: Path) -> dict:
     """All that is known of a run."""
-    measured = {"rows": [], "remarks": ["No benchmark was run."]}
-    if (folder / "cuda.json").exists():
-        measured = json.loads((folder / "cuda.json").read_text())
+    rows, remarks = [], []
+    for name in _BENCHMARKS:
+        path = folder / f"{name}.json"
+        if not path.exists():
+            remarks.append(f"No row of {name}.")
+            continue
+        measured = json.loads(path.read_text())
+        rows += measured["rows"]
+        remarks += measured["remarks"]
     commit, dirty = checkout()
     home = Path(cpp_extension.CUDA_HOME or "")
     nvcc = home / "bin" / "nvcc"
@@ -45,8 +52,8 @@ def content(folder: Path) -> dict:
         "parts": parts(folder),
         **{name: summary(folder, name) for name in _SUMMARIES},
         "failures": failures(folder),
-        "rows": measured["rows"],
-        "remarks": measured["remarks"],
+        "rows": rows,
+        "remarks": remarks,
     }
 
 

@@ -11,6 +11,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
+import math
 import platform
 import shutil
 import statistics
@@ -32,10 +33,13 @@ _LONG = 1.0
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks of every benchmark: which cases, and how many rounds of each."""
+    """What the command line asks of every benchmark: which cases, how many rounds of each, and how
+    many seconds there are for all of it, which a benchmark need not heed.
+    """
 
     only: str = ""
     rounds: int | None = None
+    seconds: float = math.inf
 
     def has(self, case: str) -> bool:
         return self.only.lower() in case.lower()
@@ -46,8 +50,8 @@ class Row:
     """One contender in one case.
 
     `seconds` is the median time of a unit of work (a step, say), `low` and `high` the fastest and
-    slowest round, `ratio` how many times longer than pycnf it takes (median over rounds); `facts`
-    what must stand beside a ratio.
+    slowest round, `ratio` how many times longer than pycnf it takes (median over rounds; None where
+    pycnf was not measured); `facts` what must stand beside a ratio.
     """
 
     case: str
@@ -55,7 +59,7 @@ class Row:
     seconds: float
     low: float
     high: float
-    ratio: float
+    ratio: float | None
     facts: dict[str, float | int | str] = field(default_factory=dict)
 
     def cells(self) -> dict[str, str]:
@@ -65,7 +69,7 @@ class Row:
             "solver": self.contender,
             "median": time_text(self.seconds),
             "fastest – slowest": f"{time_text(self.low)} – {time_text(self.high)}",
-            "× pycnf's time": f"{self.ratio:.2f}",
+            "× pycnf's time": "" if self.ratio is None else f"{self.ratio:.2f}",
             "beside it": ", ".join(f"{key} {value}" for key, value in self.facts.items()),
         }
 
@@ -75,8 +79,11 @@ def interleave(
     rounds: int,
     seconds: float = 0.2,
     wait: Callable[[], object] = lambda: None,
+    limit: float = math.inf,
 ) -> dict[str, list[float]]:
     """Seconds that a call of each contender takes, round by round.
+
+    Behind the first, no round begins after `limit` seconds.
 
     A round calls each contender often enough to fill about `seconds`, at least once. One unmeasured
     call each goes first, and another before each measurement of a short one: the caches are then
@@ -87,10 +94,14 @@ def interleave(
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     lengths = {}
+    begin = time.perf_counter()
     for name, run in contenders.items():
-        run()
         lengths[name] = max(_time(run, 1, wait), 1e-9)
-    for _ in range(rounds):
+        if lengths[name] < _LONG:
+            lengths[name] = max(_time(run, 1, wait), 1e-9)
+    for done in range(rounds):
+        if done > 0 and time.perf_counter() - begin > limit:
+            break
         for name, run in contenders.items():
             if lengths[name] < _LONG:
                 run()
@@ -120,7 +131,7 @@ def rows_of(
     units: dict[str, float] | None = None,
 ) -> list[Row]:
     """Rows of what `interleave` measured; `units` says how many units of work a call does, one
-    without. OURS must be among the contenders.
+    without.
     """
     units = units or dict.fromkeys(times, 1.0)
     each = {name: [t / units[name] for t in values] for name, values in times.items()}
@@ -131,7 +142,9 @@ def rows_of(
             statistics.median(values),
             min(values),
             max(values),
-            statistics.median(t / ours for t, ours in zip(values, each[OURS])),
+            statistics.median(t / ours for t, ours in zip(values, each[OURS]))
+            if OURS in each
+            else None,
             facts[name],
         )
         for name, values in each.items()

@@ -78,11 +78,11 @@ class DiffraxStep:
     Jacobian-vector product in forward mode.
 
     A call is what is timed, and waits for its results, which stay jax's; `results` are the newest's
-    as torch's, `accepted` and `rejected` its steps.
+    as torch's, `accepted` and `rejected` its steps. It runs where x is.
     """
 
     def __init__(self, field: pycnf.nn.MLP, x: Tensor, probe: Tensor, tolerance: float) -> None:
-        jax = _import_jax()
+        jax = _import_jax(x.device.type)
         import diffrax
         from jax import numpy as jnp
 
@@ -119,10 +119,10 @@ class DiffraxStep:
 
         self.jax, self.names = jax, [name for name, _ in field.layers[0].named_parameters()]
         self.layers = [
-            {name: jnp.asarray(w.detach().numpy()) for name, w in layer.named_parameters()}
+            {name: jnp.asarray(w.detach().cpu().numpy()) for name, w in layer.named_parameters()}
             for layer in field.layers
         ]
-        self.x, self.probe = jnp.asarray(x.numpy()), jnp.asarray(probe.numpy())
+        self.x, self.probe = jnp.asarray(x.cpu().numpy()), jnp.asarray(probe.cpu().numpy())
         self.step = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
     def __call__(self) -> None:
@@ -143,12 +143,16 @@ class DiffraxStep:
         return int(self.newest[0][1]["num_rejected_steps"])
 
 
-def _import_jax():
-    """jax on the CPU in single precision, with as many threads as torch has."""
+def _import_jax(device: str):
+    """jax in single precision: on a GPU without TF32 and with no memory taken in advance, on the
+    CPU with as many threads as torch has.
+    """
     for name in ("NPROC", "PJRT_NPROC"):  # read when jax makes its threads
         os.environ[name] = str(torch.get_num_threads())
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
 
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", device)
     jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_default_matmul_precision", "highest")
     return jax

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ _GAS = ("GAS", 8, (160, 160, 160), "tanh")
 _HEPMASS = ("HEPMASS", 21, (210, 210), "softplus")
 _MINIBOONE = ("MINIBOONE", 43, (860, 860), "softplus")
 _BSDS300 = ("BSDS300", 63, (1260, 1260, 1260), "softplus")
+SHAPES = (_TOY, _POWER, _GAS, _HEPMASS, _MINIBOONE, _BSDS300)
 _CASES = (
     _Case(*_TOY, 512),
     _Case(*_TOY, 64),
@@ -96,8 +98,8 @@ class OurStep:
         field: pycnf.nn.MLP,
         x: Tensor,
         probe: Tensor,
-        engine: str,
-        cuda_graph: bool | None = None,
+        engine: str = "auto",
+        **options: Any,
     ) -> None:
         self.flow = pycnf.CNF(
             field,
@@ -105,7 +107,7 @@ class OurStep:
             rtol=_TOLERANCE,
             atol=_TOLERANCE,
             engine=engine,
-            cuda_graph=cuda_graph,
+            **options,
         )
         self.x, self.probe = x, probe.unsqueeze(0)
 

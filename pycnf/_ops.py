@@ -237,6 +237,11 @@ def _(
     return torch.empty_like(x), x.new_empty(_extras(kind), x.shape[0]), report, times, [], []
 
 
+@register_fake("pycnf::mlp_solve_fits")
+def _(x, probe, parameters, kind, own_times):
+    return True
+
+
 @register_fake("pycnf::mlp_solve_backward")
 def _(
     z_bar: Tensor, extras_bar: Any, probe: Any, context: Tensor | None,
@@ -314,7 +319,8 @@ def _(
         tangents = probes if probe is None else probe.shape[0]
     else:
         tangents = z.shape[1] if kind[2] == 2 else 1
-    return _contiguous(z), z.new_empty(z.shape[0]), _kept(z, parameters, tangents, keep)
+    kept = _kept(z, parameters, tangents, keep, closed_form=kind[2] == 3)
+    return _contiguous(z), z.new_empty(z.shape[0]), kept
 
 
 @register_fake("pycnf::mlp_value_divergence_backward")
@@ -337,16 +343,29 @@ def _contiguous(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-# kKeptSamples in csrc/torch/mlp_field_cpu.cpp.
-_KEPT_SAMPLES = 64
+# kKeptSamples in csrc/torch/mlp_setup.h, PYCNF_TANGENT_NUMBERS in csrc/torch/mlp_field_cuda.cpp.
+_KEPT_SAMPLES, _TANGENT_NUMBERS = 64, 1 << 28
 
 
-def _kept(z: Tensor, parameters: Sequence[Tensor | None], tangents: int, keep: bool) -> Tensor:
-    """What an evaluation keeps: the state and the products of all layers; see mlp_tile.h."""
+def _kept(
+    z: Tensor,
+    parameters: Sequence[Tensor | None],
+    tangents: int,
+    keep: bool,
+    closed_form: bool = False,
+) -> Tensor:
+    """What an evaluation keeps: the products of all layers, on the CPU by tiles with the state."""
+    batch, features = z.shape
     first, *others = (weight.shape[0] for weight in parameters[::5])
-    rows = z.shape[1] + first + (1 + tangents) * sum(others)
-    samples = (z.shape[0] + _KEPT_SAMPLES - 1) // _KEPT_SAMPLES * _KEPT_SAMPLES
-    return z.new_empty(rows * samples if keep else 0)
+    if not keep:
+        return z.new_empty(0)
+    rows = first + (1 + tangents) * sum(others)
+    if z.device.type == "cpu":
+        samples = (batch + _KEPT_SAMPLES - 1) // _KEPT_SAMPLES * _KEPT_SAMPLES
+        return z.new_empty((features + rows) * samples)
+    if tangents > 1 and tangents * batch * (first + sum(others)) > _TANGENT_NUMBERS:
+        return z.new_empty(0)
+    return z.new_empty((rows - (features if closed_form else 0)) * batch)
 
 
 def _field_gradients(

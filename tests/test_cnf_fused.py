@@ -32,17 +32,24 @@ def points(batch, features=2, seed=1):
 
 
 def outcome(flow, x, context=None, inverse=False, **keywords):
-    """Results, gradients and counts of a solve with a loss that sees everything."""
-    x = x.clone().requires_grad_()
+    """Results, gradients and counts of a solve with a loss that sees everything; on the CPU,
+    wherever the field is.
+    """
+    device = flow.field.like.device
+    x = x.to(device, copy=True).requires_grad_()
     inputs = [x, *flow.field.parameters()]
     if context is not None:
-        context = context.clone().requires_grad_()
+        context = context.to(device, copy=True).requires_grad_()
         inputs.append(context)
     z, logdet = (flow.inverse if inverse else flow)(x, context, **keywords)
-    loss = (z * points(*z.shape, seed=5)).sum() + (logdet * logdet.detach().cos()).sum()
+    loss = (z * points(*z.shape, seed=5).to(z)).sum() + (logdet * logdet.detach().cos()).sum()
     gradients = torch.autograd.grad(loss, inputs)
     stats = flow.stats
-    return [z, logdet, *gradients], (stats.nfe_forward, stats.accepted, stats.rejected)
+    return [each.cpu() for each in (z, logdet, *gradients)], (
+        stats.nfe_forward,
+        stats.accepted,
+        stats.rejected,
+    )
 
 
 def assert_same(flows, *args, rtol=1e-11, **keywords):
@@ -214,6 +221,15 @@ def test_a_weight_changed_before_the_backward_is_an_error():
         flow.field.layers[1].weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("name", ["probe", "context"])
+def test_what_is_on_another_device_is_named(name):
+    """Not by an operation somewhere inside."""
+    given = {"x": points(3), "context": points(3, 2), "probe": points(3).unsqueeze(0)}
+    given[name] = given[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name}: got a tensor on meta, expected x's cpu"):
+        CNF(field_of(context=2), engine="fused")(**given)
 
 
 def test_second_derivatives():

@@ -53,14 +53,20 @@ def nvcc():
     return path
 
 
+def machine_targets(source):
+    """The targets that a source is compiled for to the end; half a minute each for whole solves."""
+    return TARGETS[-1:] if source.name.startswith("mlp_") else TARGETS
+
+
 @pytest.fixture(scope="module")
 def compiled(nvcc, tmp_path_factory):
     """What compiling each source gave, for all targets; two at a time."""
     folder = tmp_path_factory.mktemp("cuda")
-    targets = [flag for t in TARGETS for flag in ("-gencode", f"arch=compute_{t},code=sm_{t}")]
     warnings = ["-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v"]
 
     def compile_one(source):
+        codes = [(t, "sm" if t in machine_targets(source) else "compute") for t in TARGETS]
+        targets = [f"-gencode=arch=compute_{t},code={kind}_{t}" for t, kind in codes]
         command = [nvcc, "-c", "-std=c++20", *targets, *warnings, f"-I{ROOT / 'csrc'}", source]
         return run([*command, "-o", folder / f"{source.stem}.o"])
 
@@ -85,7 +91,7 @@ def test_no_kernel_spills_registers(compiled, source):
     report = compiled[source].stderr
     kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", report)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert {target for _, target in kernels} == set(TARGETS)
+    assert {target for _, target in kernels} == set(machine_targets(source))
     assert len(spills) >= len(kernels)
     assert set(spills) == {("0", "0")}, report
 

@@ -226,6 +226,97 @@ def test_settings_of_torch():
     assert len(recording._kept[field]) == before + 3
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="since PyTorch 2.9"
+)
+def test_both_settings_of_precision():
+    """The older one cannot be read once the newer has been set."""
+    field = Field(F32)
+    matmul = torch.backends.cuda.matmul
+    precision = matmul.fp32_precision
+    try:
+        for each in ("ieee", "ieee", "tf32", "tf32"):
+            matmul.fp32_precision = each
+            both(field, state(dtype=F32), UP.float())
+    finally:
+        matmul.fp32_precision = precision
+    assert len(recording._kept[field]) == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recorded_work_leaves_the_parameters_own_nodes_alone(method):
+    """They belong to the user's stream, for which no capture can wait. Hooks tell of them: here of
+    the one gradient that comes out in the end.
+    """
+    field, seen = Field(), []
+    handles = [p.register_hook(seen.append) for p in field.parameters()]
+    handles += [p.register_post_accumulate_grad_hook(seen.append) for p in field.parameters()]
+    keywords = {**LOOSE, **METHODS[method]}
+    for seed in range(4):
+        y0 = state(seed).requires_grad_()
+        options = {**keywords.get("options", {}), **GRAPH}
+        ys = pycnf.odeint_adjoint(field, y0, UP, **{**keywords, "options": options})
+        seen.clear()
+        ys.square().sum().backward()
+        assert len(seen) == len(handles)
+        for p in field.parameters():
+            p.grad = None
+    assert None not in recording._kept[field].values()
+    for handle in handles:
+        handle.remove()
+
+
+def test_another_parameter_in_the_same_memory():
+    field = Field()
+    for seed in range(9):
+        if seed % 3:
+            field.inner.weight = nn.Parameter(field.inner.weight.data)
+        gradients(field, state(seed))
+
+
+def test_adjoint_parameters_outside_the_module(count):
+    field, far = Field(), state(1, 1).requires_grad_()
+    field.hidden = [far]
+    with refused("a tensor of adjoint_params is no attribute of func or of a module within it"):
+        gradients(field, state(), leaves=(far,), adjoint_params=(*field.parameters(), far))
+    assert count["written"] == 2  # the forward solve
+
+
+class Twice(Field):
+    """A layer's weight a second time, where a recording could not put its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = [self.inner.weight]
+
+    def forward(self, t, y):
+        return super().forward(t, y) @ self.again[0]
+
+
+def test_parameters_in_two_places():
+    with refused("Twice cannot be captured .it holds its parameters elsewhere than in its own"):
+        gradients(Twice(), state())
+
+
+class Shared(Field):
+    """One weight in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.outer = nn.Linear(3, 3, bias=False).double()
+        self.outer.weight = self.inner.weight
+
+    def forward(self, t, y):
+        return self.outer(super().forward(t, y))
+
+
+def test_a_shared_parameter(count):
+    field = Shared()
+    for seed in range(4):
+        gradients(field, state(seed))
+    assert count["replayed"] > 2 * count["written"]
+
+
 def test_a_context_among_the_adjoint_parameters():
     field = Field()
     for seed in range(5):
@@ -425,8 +516,8 @@ class Flow(Field):
         super().__init__(features=2)
 
 
-def assert_same_flows(field, change, times=8):
-    flows = [CNF(field, cuda_graph=graph, engine="generic", rtol=1e-4, atol=1e-4)
+def assert_same_flows(field, change, times=8, end=1.0):
+    flows = [CNF(field, cuda_graph=graph, engine="generic", rtol=1e-4, atol=1e-4, t1=end)
              for graph in (True, False)]  # fmt: skip
     for flow in flows:
         flow.keep_bytes = 0  # every step again for the gradient, as in a replay
@@ -448,6 +539,14 @@ def test_changes_of_a_flow(count, change):
     flow = assert_same_flows(field, change)
     assert len(flow._recordings.kept) == 2
     assert count["replayed"] > 4 * count["written"]
+
+
+def test_a_flow_whose_parameter_is_another_in_the_same_memory():
+    def change(field, i):
+        if i % 3:
+            field.inner.weight = nn.Parameter(field.inner.weight.data)
+
+    assert_same_flows(Flow(), change, end=0.01)  # one step, so that the next solve is recorded
 
 
 def test_a_flow_whose_field_gets_a_tensor():

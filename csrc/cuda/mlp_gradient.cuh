@@ -176,7 +176,7 @@ class Gradient {
     for (int i = 0; i + 1 < used_; ++i) {
       set_time(i);
       stage_state(tile, k, i);
-      evaluate<kPrecision>(tile, false, tile.at(layout_.z), k.row(i));
+      evaluate_in<kPrecision>(tile, false, tile.at(layout_.z), k.row(i));
     }
     for (int i = used_ - 1; i >= 0; --i) {
       set_time(i);

@@ -154,17 +154,17 @@ __device__ void reverse_product(const Tile<T>& tile, int l, const Pass& pass,
   const bool closed = tile.solve.closed_form;
   const int first = closed ? 0 : pass.first(samples);
   const int count = closed ? samples : pass.count(samples);
-  add_outer<kPrecision>(out, in, u.from(first), x.from(first), count, sums.numbers + sums.places.weight[l],
-            stride);
+  add_outer<kPrecision>(out, in, u.from(first), x.from(first), count,
+                        sums.numbers + sums.places.weight[l], stride);
   if (l > 0 || pass.values) {
     turned_product<kPrecision>(tile.at(layout.weight[l]), stride, out, in, u.from(first),
-                   l > 0 ? count : samples, v.from(first));
+                               l > 0 ? count : samples, v.from(first));
   }
   if (!closed || !pass.tangents || l == 0) return;
   if (l < last) {
     add_outer<kPrecision>(out, in, u.from(samples), x.from(samples), samples, sums.mixed, stride);
     turned_product<kPrecision>(tile.at(layout.mixed), stride, out, in, u.from(samples), samples,
-                   v.from(samples));
+                               v.from(samples));
     return;
   }
   const T* const mixed = last == 1 ? tile.at(layout.mixed) : nullptr;

@@ -218,6 +218,7 @@ class Solver {
       a.direction = p_.end > p_.start ? 1 : -1;
       a.size = p_.rule.control.first_step;
       control_.times[0] = T(p_.start);
+      control_.h[0] = T(0);
     }
     barrier();
     set_time(0);
@@ -268,7 +269,7 @@ class Solver {
     const auto k = stages(tile.index);
     const T euler[1] = {T(1)};
     stage_state(tile, k, euler, 1);
-    evaluate<kPrecision>(tile, solve().tangents > 0, tile.at(layout_.z), k.row(1));
+    evaluate_in<kPrecision>(tile, solve().tangents > 0, tile.at(layout_.z), k.row(1));
   }
 
   // The state z that a stage is evaluated at.
@@ -284,7 +285,8 @@ class Solver {
   __device__ void evaluate_stage(const Tile<T>& tile, int i) const {
     const auto k = stages(tile.index);
     stage_state(tile, k, control_.weights.a[i], i);
-    evaluate<kPrecision>(tile, needs_divergence(solve(), tableau_, i), tile.at(layout_.z), k.row(i));
+    evaluate_in<kPrecision>(tile, needs_divergence(solve(), tableau_, i), tile.at(layout_.z),
+                            k.row(i));
   }
 
   // The stages from `first` on, and the solution.

@@ -56,6 +56,45 @@ struct MlpSolveParams {
   T* extras;       // [extras, B]
 };
 
+// What the blocks of a solve with own steps count together; zeros before the launch.
+struct SampleCounts {
+  unsigned long long tiles;   // begun
+  unsigned long long blocks;  // that have ended
+  unsigned long long rows;    // of the tape that were asked for
+  // Of the sample that has most.
+  unsigned long long accepted;
+  unsigned long long rejected;
+  unsigned long long evaluations;
+  unsigned long long failures;  // 1: some sample's
+};
+
+// As MlpSolveParams.
+template <typename T>
+struct MlpSamplesParams {
+  TileSolve<T> tile;
+  const T* x;
+  FlowRule rule;
+  double start;
+  double end;
+  T rtol;
+  T atol;
+  // Scratch.
+  T* scratch;            // [blocks, 2 + stages, rows, samples]
+  SampleCounts* counts;  // [1]
+  // The tape, of up to `capacity` rows; or null.
+  double* times;      // [capacity, 4]: t, h, t_next and whether it ends the solve
+  T* states;          // [capacity, D]
+  int64_t* previous;  // [capacity]: the row before, -1 for none
+  int64_t* newest;    // [B]
+  int64_t capacity;
+  double*
+      report;  // [kSamplesReportNumbers]: rejected, ended, failures, accepted, evaluations, rows
+  T* z;
+  T* extras;
+};
+
+constexpr int kSamplesReportNumbers = 6;
+
 template <typename T>
 struct MlpGradientParams {
   TileSolve<T> tile;
@@ -106,6 +145,13 @@ struct TilePlan {
   int threads;
   size_t shared_bytes;
 };
+
+template <typename T>
+cudaError_t plan_samples(const MlpSolve<T>& solve, int64_t batch, TilePlan* plan);
+
+template <typename T>
+cudaError_t launch_mlp_samples(const MlpSamplesParams<T>& p, const TilePlan& plan,
+                               cudaStream_t stream);
 
 // The kernels of one precision, in a source each: f32 has all, f64 kFloat32, for itself, alone.
 

@@ -340,6 +340,22 @@ __device__ void evaluate(const Tile<T>& tile, bool with_divergence, const T* z, 
   barrier();
 }
 
+// The same where the products are much code, as those on tensor cores are: the compiler has it once.
+template <Precision kPrecision, typename T>
+__device__ __noinline__ void evaluate_apart(const Tile<T>& tile, bool with_divergence, const T* z,
+                                            T* rates) {
+  evaluate<kPrecision>(tile, with_divergence, z, rates);
+}
+
+template <Precision kPrecision, typename T>
+__device__ void evaluate_in(const Tile<T>& tile, bool with_divergence, const T* z, T* rates) {
+  if constexpr (kPrecision == Precision::kFloat32) {
+    evaluate<kPrecision>(tile, with_divergence, z, rates);
+  } else {
+    evaluate_apart<kPrecision>(tile, with_divergence, z, rates);
+  }
+}
+
 // ---- a step -------------------------------------------------------------------------------------
 
 // Whether the extras' rates at a stage have a weight in the solution or in the error.

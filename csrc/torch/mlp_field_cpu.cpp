@@ -4,64 +4,12 @@
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
+#include "torch/mlp_field_arguments.h"
 #include "torch/mlp_gradient.h"
 #include "torch/recycled.h"
 
 namespace pycnf {
 namespace {
-
-// The arguments that all ops share; `probe` are the tangents where `jvp`.
-struct FieldArguments {
-  const at::Tensor& t;
-  const at::Tensor& z;
-  std::optional<at::Tensor> probe;
-  const std::optional<at::Tensor>& context;
-  const Parameters& parameters;
-  at::IntArrayRef kind;
-  bool jvp = false;
-  std::optional<at::Tensor> keys = {};
-  int64_t seed = 0;
-  int64_t probes = 0;
-  bool gaussian = false;
-};
-
-void check_rows(const at::Tensor& x, const at::Tensor& z, const char* name) {
-  TORCH_CHECK(x.sizes() == z.sizes() && x.scalar_type() == z.scalar_type() && x.is_cpu(), name,
-              " must be like z, ", z.sizes(), " of ", z.scalar_type(), ", got ", x.sizes(), " of ",
-              x.scalar_type());
-}
-
-void check_columns(const at::Tensor& x, const at::Tensor& z, const char* name) {
-  TORCH_CHECK(x.dim() == 3 && x.size(0) > 0 && x.size(1) == z.size(0) && x.size(2) == z.size(1) &&
-                  x.scalar_type() == z.scalar_type() && x.is_cpu(),
-              name, " must be [K, ", z.size(0), ", ", z.size(1), "] of ", z.scalar_type(),
-              " with K of at least 1, got ", x.sizes(), " of ", x.scalar_type());
-}
-
-// What does not depend on the number of samples; the rest is checked by MlpSetup.
-void check_arguments(const FieldArguments& arguments) {
-  const auto& [t, z, probe, context, parameters, kind, jvp, keys, seed, probes, gaussian] =
-      arguments;
-  TORCH_CHECK(z.dim() == 2 && (z.scalar_type() == at::kFloat || z.scalar_type() == at::kDouble),
-              "z must be [B, D] of float32 or float64, got ", z.sizes(), " of ", z.scalar_type());
-  TORCH_CHECK(t.scalar_type() == z.scalar_type() && t.is_cpu() &&
-                  (t.dim() == 0 || (t.dim() == 1 && t.size(0) == z.size(0))),
-              "t must be 0-dim or [", z.size(0), "] of ", z.scalar_type(), ", got ", t.sizes(),
-              " of ", t.scalar_type());
-  TORCH_CHECK(kind.size() == 5 && kind[3] == 0 && kind[4] == 0,
-              "kind must be 5 numbers, the last two 0, got ", kind);
-  if (jvp) return;
-  const bool drawn = keys.has_value();
-  TORCH_CHECK(Divergence(kind[2]) == Divergence::kProbes ? probe.has_value() != drawn
-                                                         : !probe.has_value() && !drawn,
-              "probe or keys, one of them, belong to a divergence by probes, and to no other");
-  if (probe.has_value()) check_columns(*probe, z, "probe");
-  TORCH_CHECK(!drawn || (keys->dim() == 1 && keys->size(0) == z.size(0) &&
-                         keys->scalar_type() == at::kLong && keys->is_cpu()),
-              "keys must be int64 [", z.size(0), "], got ", keys->scalar_type(), " ",
-              keys->sizes());
-  TORCH_CHECK(!drawn || probes > 0, "probes must be at least 1, got ", probes);
-}
 
 // One call's arguments as the kernels want them, with the tensors that they point into.
 template <typename T>
@@ -71,7 +19,7 @@ class Field {
       : own_times(arguments.t.dim() == 1),
         setup(arguments.z,
               {arguments.probe, arguments.context, arguments.parameters, "euler",
-               kind_of(arguments), kWeights, arguments.keys.has_value() ? arguments.probes : 0},
+               solver_kind(arguments), kWeights, arguments.keys.has_value() ? arguments.probes : 0},
               own_times, false),
         numbers_(setup.table.field_numbers(setup.solve, cotangents)),
         workspace_(recycled(setup.chunks * (numbers_ + kAlign<T>), setup.options)),
@@ -153,12 +101,6 @@ class Field {
 
  private:
   static constexpr double kWeights[3] = {1, 0, 0};
-
-  static std::vector<int64_t> kind_of(const FieldArguments& arguments) {
-    auto kind = arguments.kind.vec();
-    if (arguments.jvp) kind[2] = int64_t(Divergence::kProbes);
-    return kind;
-  }
 
   int64_t numbers_;
   at::Tensor workspace_, t_, z_, keys_;
@@ -251,9 +193,6 @@ std::tuple<at::Tensor, at::Tensor> mlp_vjp_cpu(const at::Tensor& t, const at::Te
 
 // ---- reverse ------------------------------------------------------------------------------------
 
-using Gradients =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
-
 template <typename T>
 Gradients reverse(const FieldArguments& arguments, const at::Tensor& value_bar,
                   const at::Tensor& second_bar, const at::Tensor& kept, bool need_parameters) {
@@ -317,20 +256,6 @@ Gradients reverse(const FieldArguments& arguments, const at::Tensor& value_bar,
           sums.tensors(sums.numbers(0, 0), arguments.parameters)};
 }
 
-// Gradients of no samples.
-Gradients zeros(const FieldArguments& arguments, bool need_parameters) {
-  const auto options = arguments.z.options();
-  const auto like = [&](const std::optional<at::Tensor>& x, bool wanted) {
-    return at::zeros(wanted && x.has_value() ? x->sizes() : at::IntArrayRef{0}, options);
-  };
-  std::vector<at::Tensor> bars;
-  for (size_t i = 0; i < arguments.parameters.size(); ++i) {
-    bars.push_back(like(arguments.parameters.get(i), need_parameters));
-  }
-  return {like(arguments.z, true), like(arguments.t, need_parameters),
-          like(arguments.context, true), like(arguments.probe, true), bars};
-}
-
 Gradients backward(const FieldArguments& arguments, const std::optional<at::Tensor>& value_bar,
                    const std::optional<at::Tensor>& second_bar, const at::Tensor& kept,
                    bool need_parameters) {
@@ -355,13 +280,7 @@ Gradients mlp_value_divergence_backward_cpu(
     const std::optional<at::Tensor>& context, const Parameters& parameters, at::IntArrayRef kind,
     const std::optional<at::Tensor>& keys, int64_t seed, int64_t probes, bool gaussian,
     const at::Tensor& kept, bool need_parameters) {
-  TORCH_CHECK(!divergence_bar.has_value() ||
-                  (kind.size() == 5 && kind[2] != 0 && divergence_bar->dim() == 1 &&
-                   divergence_bar->size(0) == z.size(0) &&
-                   divergence_bar->scalar_type() == z.scalar_type() && divergence_bar->is_cpu()),
-              "divergence_bar must be [", z.size(0), "] of ", z.scalar_type(),
-              ", with a divergence; got ", divergence_bar->sizes(), " of ",
-              divergence_bar->scalar_type());
+  check_divergence_bar(divergence_bar, z, kind);
   return backward({t, z, probe, context, parameters, kind, false, keys, seed, probes, gaussian},
                   value_bar, divergence_bar, kept, need_parameters);
 }
@@ -374,10 +293,7 @@ Gradients mlp_value_jvp_backward_cpu(const std::optional<at::Tensor>& value_bar,
                                      const Parameters& parameters, at::IntArrayRef kind,
                                      const at::Tensor& kept, bool need_parameters) {
   check_columns(tangents, z, "tangents");
-  TORCH_CHECK(!images_bar.has_value() || (images_bar->sizes() == tangents.sizes() &&
-                                          images_bar->scalar_type() == z.scalar_type()),
-              "images_bar must be like tangents, ", tangents.sizes(), " of ", z.scalar_type(),
-              ", got ", images_bar->sizes(), " of ", images_bar->scalar_type());
+  check_images_bar(images_bar, tangents);
   return backward({t, z, tangents, context, parameters, kind, true}, value_bar, images_bar, kept,
                   need_parameters);
 }

@@ -332,7 +332,7 @@ Gradient mlp_solve_backward_cpu(const at::Tensor& z_bar,
 }
 
 bool mlp_solve_fits_cpu(const at::Tensor&, const std::optional<at::Tensor>&, const Parameters&,
-                        at::IntArrayRef) {
+                        at::IntArrayRef, bool) {
   return true;
 }
 

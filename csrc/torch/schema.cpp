@@ -128,9 +128,11 @@ TORCH_LIBRARY(pycnf, m) {
       "int[] kind, float[] weights, float start, float end, float[] control, float[] grid, "
       "int keep_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])");
 
-  // Whether mlp_solve and its gradient can be had for such arguments; x may be a row of zeros. On a
-  // GPU the network has to fit into the shared memory of a multiprocessor.
-  m.def("mlp_solve_fits(Tensor x, Tensor? probe, Tensor?[] parameters, int[] kind) -> bool");
+  // Whether mlp_solve, or mlp_samples, and its gradient can be had for such arguments; x may be a row
+  // of zeros. On a GPU the network has to fit into the shared memory of a multiprocessor.
+  m.def(
+      "mlp_solve_fits(Tensor x, Tensor? probe, Tensor?[] parameters, int[] kind, bool own_times) "
+      "-> bool");
 
   // The exact gradient of the accepted steps, their sizes constant: of x, of the context (empty
   // without), of the parameters (empty where there is none) and, if wanted, of every step's t and h
@@ -176,9 +178,10 @@ TORCH_LIBRARY(pycnf, m) {
   // At t, 0-dim or one for each sample [B]. `context`, `parameters` and `kind` as above, `kind`
   // without regularizers and, but for the divergence's ops, without a divergence. The probes of the
   // divergence are given, [K, B, D], or drawn: what probe_sample gives for `keys`, `seed`, `probes`
-  // and `gaussian`, but never in memory as a whole. The last result of a forward op is what its
-  // backward op needs and would otherwise compute again, if `keep`, else it is empty: the state and
-  // products of every layer, of a size that a multiple of 64 samples would need.
+  // and `gaussian`; on the CPU they are never in memory as a whole. The last result of a forward op
+  // is what its backward op needs and would otherwise compute again, if `keep`, else it is empty: the
+  // products of every layer; on the CPU the state too, of a size that a multiple of 64 samples would
+  // need; on a GPU nothing of more tangents than it takes at once.
   //
   // Backward ops return the gradients of z, t, the context, the tangents or probe (empty where there
   // is none, or where probes were drawn) and of the parameters (empty where there is none); those of

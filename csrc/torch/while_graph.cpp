@@ -30,7 +30,14 @@ class WhileGraph {
   WhileGraph(const WhileGraph&) = delete;
   WhileGraph& operator=(const WhileGraph&) = delete;
 
-  ~WhileGraph() { cudaGraphExecDestroy(exec_); }
+  ~WhileGraph() {
+    // Python may let go of it while this thread captures other work, which only this mode allows.
+    // Nothing throws here.
+    auto mode = cudaStreamCaptureModeRelaxed;
+    C10_CUDA_CHECK_WARN(cudaThreadExchangeStreamCaptureMode(&mode));
+    C10_CUDA_CHECK_WARN(cudaGraphExecDestroy(exec_));
+    C10_CUDA_CHECK_WARN(cudaThreadExchangeStreamCaptureMode(&mode));
+  }
 
   void launch() const {
     const c10::cuda::CUDAGuard guard(device_);

@@ -11,13 +11,12 @@ On a CPU, where the tests run it, the same work is done as written.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +38,7 @@ from pycnf.odeint.recording import (
     module_key,
     new_counters,
     python_state,
+    substituted,
 )
 from pycnf.warn import warn
 
@@ -236,29 +236,14 @@ def key_of(
         None if context is None else (context.shape, context.dtype, context.requires_grad),
         None if problem.probe is None else problem.probe.shape,
         problem.tableau.name,
+        problem.compiled,
         dataclasses.replace(control, first_step=1.0 if given else None),
         (problem.direction, problem.sign, problem.divergence),
         tuple(problem.regularizers.items()),
-        (taped, watched),
+        # Its leaves stand in for parameters, and not for others in the same memory.
+        taped and tuple(id(p) for p in field.parameters() if p.requires_grad),
+        watched,
     )
-
-
-@contextlib.contextmanager
-def substituted(field: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
-    """Puts other tensors in the places of a module's parameters, by their ids."""
-    places = [
-        (module._parameters, name, parameter)
-        for module in field.modules()
-        for name, parameter in module._parameters.items()
-        if id(parameter) in tensors
-    ]
-    try:
-        for parameters, name, parameter in places:
-            parameters[name] = tensors[id(parameter)]
-        yield
-    finally:
-        for parameters, name, parameter in places:
-            parameters[name] = parameter
 
 
 class Recording:

@@ -70,10 +70,10 @@ class CNF(nn.Module):
         max_num_steps: Largest number of attempted steps of an adaptive method.
         gradient: "discrete", "continuous", "seminorm" or "autograd".
         steps: "shared" by the batch or "per-sample"; then "continuous" means "seminorm".
-        engine: "fused" runs an `MLP` (`pycnf.nn.fuse` makes one of other modules) in f32 and f64: on
-            the CPU, a whole solve in one call into compiled code; on a GPU, in one launch where the
-            network fits into a multiprocessor's shared memory. "generic" runs any field; "auto"
-            takes the fused one where it can. `explain()` says which it is and why.
+        engine: "fused" runs an `MLP` (`pycnf.nn.fuse` makes one of other modules) in f32 and f64: a
+            whole solve in one call into compiled code on the CPU, and on a GPU, where the network
+            fits into a multiprocessor's shared memory, in one launch. "generic" runs any field;
+            "auto" takes the fused one where it can. `explain()` says which it is and why.
         base: Distribution with `log_prob` [B, D] -> [B] and `sample`; None for N(0, I).
         regularizers: Weights of "kinetic", ∫‖f‖² dt, and "jacobian", ∫‖∂f/∂z‖_F² dt (RNODE, Finlay
             et al. 2020), left in `stats.regularizers` by each solve with a logdet. They are
@@ -106,7 +106,7 @@ class CNF(nn.Module):
 
     # What was checked, and the control made of it; see `_control`.
     _checked: tuple[tuple, AdaptiveControl | FixedControl] | None = None
-    # A field and divergence, and whether they fit into a GPU; see `_why_not_one_launch`.
+    # A field and divergence, and whether they fit into a GPU; see `_why_by_layers`.
     _fitting: tuple[tuple, bool] | None = None
 
     def __init__(
@@ -312,14 +312,18 @@ class CNF(nn.Module):
         self._control()
         self._times()
         if self._takes_fused():
-            place = "the CPU" if self.field.like.device.type == "cpu" else "a GPU"
-            products = ""
-            if self.precision != "float32":
-                products = f", its products in {self.precision}"
-            return (
-                "The fused engine (a whole solve in one call into compiled code): the field is an "
-                f"MLP that it knows, on {place} in {self.field.dtype}{products}."
+            gpu = self.field.like.device.type in GPUS
+            why = self._why_by_layers()
+            how = "a whole solve in one launch" if gpu else "a whole solve in one call"
+            if why is not None:
+                how = "layer by layer"
+            sentence = (
+                f"The fused engine ({how} into compiled code): the field is an MLP that it knows, "
+                f"on {'a GPU' if gpu else 'the CPU'} in {self.field.dtype}"
             )
+            if self.precision != "float32":
+                sentence += f" with products in {self.precision}"
+            return f"{sentence}." if why is None else f"{sentence}, and {why}."
         why = "engine='generic' was asked for"
         if self.engine != "generic":
             why = self._why_not_fused()
@@ -448,33 +452,34 @@ class CNF(nn.Module):
                 "the fused engine does not compute while it solves; 'seminorm' has not"
             )
         like = field.like
-        gpu = like.device.type in GPUS
         served = has_kernels(like.dtype, like.device) and like.device.type in ("cpu", *GPUS)
         if not served or like.dtype not in (torch.float32, torch.float64):
             return (
                 "it runs float32 and float64 on the CPU and on GPUs that pycnf was built for, and "
                 f"the field is {like.dtype} on {like.device}"
             )
-        return self._why_not_one_launch() if gpu else None
+        return None
 
-    def _why_not_one_launch(self) -> str | None:
-        """What keeps a GPU from solving with the fused engine, or None."""
-        if self.steps == "per-sample" and TABLEAUX[self.method].adaptive:
-            return "on a GPU it takes steps that the batch shares"
-        if self.gradient != "discrete":
-            return "on a GPU it has the discrete gradient alone"
-        if any(getattr(time, "requires_grad", False) for time in (self.t0, self.t1)):
-            return "on a GPU it has no gradients of t0 and t1"
+    def _why_by_layers(self) -> str | None:
+        """What keeps a GPU from solving in one launch, so that it goes layer by layer; or None."""
         field = self.field
+        if field.like.device.type not in GPUS:
+            return None
+        if self.gradient != "discrete":
+            return f"gradient={self.gradient!r} has none in one launch"
+        if any(getattr(time, "requires_grad", False) for time in (self.t0, self.t1)):
+            return "t0 and t1 have no gradients in one launch"
         probes = self.probes if self.divergence == "hutchinson" else False
+        own_times = self.steps == "per-sample" and TABLEAUX[self.method].adaptive
         parts = [layer.parts() for layer in field.layers]
         shapes = [(p.weight.shape, p.gate_weight is not None) for p in parts]
         key = (field.like.device, field.like.dtype, shapes, field.time, probes)
-        key = (*key, tuple(self.regularizers))
+        key = (*key, tuple(self.regularizers), own_times)
         if self._fitting is None or self._fitting[0] != key:
-            self._fitting = (key, fits_gpu(field, probes, tuple(self.regularizers)))
+            fits = fits_gpu(field, probes, tuple(self.regularizers), own_times)
+            self._fitting = (key, fits)
         if not self._fitting[1]:
-            return "the network does not fit into the shared memory of a GPU's multiprocessor"
+            return "the network does not fit into a multiprocessor's shared memory"
         return None
 
     def _make_control(self) -> AdaptiveControl | FixedControl:
@@ -626,7 +631,9 @@ class CNF(nn.Module):
             if self.precision != "float32":
                 self._check_precision(fused, problem, x)
             if fused:
-                return solve_fused(problem, x, context, start, end)
+                if self._why_by_layers() is None:
+                    return solve_fused(problem, x, context, start, end)
+                problem.compiled, problem.stats.engine = True, "fused"
             if not torch.is_inference_mode_enabled():
                 return self._solve_generic(problem, x, context, start, end)
             # A divergence by vector-Jacobian products needs a graph, which inference mode refuses.
@@ -637,13 +644,17 @@ class CNF(nn.Module):
                 return self._solve_generic(problem, x.clone(), context, None, None)
 
     def _check_precision(self, fused: bool, problem: Problem, x: Tensor) -> None:
-        if fused and not problem.per_sample and x.device.type in GPUS and x.dtype == torch.float32:
+        gpu = x.device.type in GPUS
+        whole = fused and gpu and not problem.per_sample and self._why_by_layers() is None
+        if whole and x.dtype == torch.float32:
             return
-        steps = "steps per sample" if problem.per_sample else "shared steps"
+        how = "with steps per sample" if problem.per_sample else "with shared steps"
+        if fused and gpu and self._why_by_layers() is not None:
+            how = f"layer by layer ({self._why_by_layers()})"
         raise ValueError(
-            f"precision: got {self.precision!r}, expected 'float32': others are for the fused engine "
-            f"with shared steps in float32 on a GPU, and this is the "
-            f"{'fused' if fused else 'generic'} engine with {steps} in {x.dtype} on {x.device}"
+            f"precision: got {self.precision!r}, expected 'float32': others are for solves of the "
+            "fused engine in one launch, with shared steps in float32 on a GPU, and this is the "
+            f"{'fused' if fused else 'generic'} engine {how} in {x.dtype} on {x.device}"
         )
 
     def _solve_generic(

@@ -6,13 +6,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pycnf.nn.compiled_field import CompiledField
 from pycnf.nn.divergence import (
+    contract,
     has_forward_mode,
     mlp_value_and_divergence,
     mlp_value_divergence_and_norm,
     value_and_divergence,
     value_divergence_and_norm,
 )
+from pycnf.nn.field_ops import serves, time_of
 from pycnf.nn.layers import Affine
 
 from .problem import Problem
@@ -77,6 +80,7 @@ class Dynamics:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.forward_mode = has_forward_mode(problem.field)
+        self.compiled = problem.compiled and self.forward_mode
         self.evaluations = 0
         tableau = problem.tableau
         self.full = [weight != 0 for weight in tableau.b]
@@ -99,6 +103,11 @@ class Dynamics:
             full: For every time, whether the extras are wanted as well.
         """
         probe = self.problem.probe
+        if compiled := self._compiled(times, z, context, probe):
+            return [
+                lambda z, t=t, full=full: self._evaluate_compiled(compiled, t, z, probe, full)
+                for t, full in zip(times.unbind(), full)
+            ]
         if not self.forward_mode or times.shape[0] == 1 or not self._fits(times.shape[0]):
             return [
                 lambda z, t=t, full=full: self.evaluate(t, z, context, probe, full)
@@ -115,6 +124,8 @@ class Dynamics:
     ) -> Parts:
         """The right-hand side at one time, 0-dim or [B]."""
         field = self.problem.field
+        if compiled := self._compiled(t, z, context, probe):
+            return self._evaluate_compiled(compiled, time_of(t, z), z, probe, full)
         if self.forward_mode:
             return self._evaluate_mlp(field.affines(t, z, context), z, probe, full)
         self.evaluations += 1
@@ -132,6 +143,25 @@ class Dynamics:
         if parts[0].dtype != z.dtype:
             raise TypeError(f"field: returned {parts[0].dtype}, expected z's {z.dtype}")
         return self._weigh(*parts)
+
+    def _compiled(
+        self, t: Tensor, z: Tensor, context: Tensor | None, probe: Tensor | None
+    ) -> CompiledField | None:
+        """The field by the compiled ops, where that is wanted and they serve it."""
+        field = self.problem.field
+        if not (self.compiled and serves(field, t, z, probe, context)):
+            return None
+        return CompiledField(field, z, context)
+
+    def _evaluate_compiled(
+        self, field: CompiledField, t: Tensor, z: Tensor, probe: Tensor | None, full: bool
+    ) -> Parts:
+        self.evaluations += 1
+        if not (full and self.problem.divergence):
+            return (field.value(t, z),)
+        if self._jacobian:
+            return self._weigh(*contract(*field.value_and_images(t, z, probe), probe))
+        return self._weigh(*field.value_and_divergence(t, z, probe))
 
     def _evaluate_mlp(
         self, affines: list[Affine], z: Tensor, probe: Tensor | None, full: bool

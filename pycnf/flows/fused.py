@@ -59,8 +59,12 @@ def solve_fused(
 
     Raises:
         SolveError: The solve cannot go on.
+        ValueError: A tensor is on another device than the field.
     """
     problem.stats.engine = "fused"
+    _check_device("x", x, problem.field.like, "the field's")
+    _check_device("context", context, x, "x's")
+    _check_device("probe", problem.probe, x, "x's")
     offset, tensors, _ = field_arguments(problem.field, x, context)
     if x.shape[0] == 0:
         zero = x.sum(1)
@@ -81,21 +85,29 @@ def solve_fused(
     return z, extras[0], *(made[name] for name in problem.regularizers)
 
 
-def fits_gpu(field: MLP, divergence: bool | int, regularizers: Sequence[str]) -> bool:
+def _check_device(name: str, given: Tensor | None, like: Tensor, whose: str) -> None:
+    if given is not None and given.device != like.device:
+        raise ValueError(f"{name}: got a tensor on {given.device}, expected {whose} {like.device}")
+
+
+def fits_gpu(
+    field: MLP, divergence: bool | int, regularizers: Sequence[str], own_times: bool
+) -> bool:
     """Whether a GPU solves with a field in one launch.
 
     Args:
         field: On the GPU.
         divergence: How many probes there are; False for the exact divergence.
         regularizers: Their names.
+        own_times: Whether samples take steps of their own.
     """
     x = field.like.detach().new_zeros(1, field.features)
     norm = "jacobian" in regularizers
-    kind = PROBES if divergence else UNIT_VECTORS if norm else exact_divergence(field, False)
+    kind = PROBES if divergence else UNIT_VECTORS if norm else exact_divergence(field, own_times)
     probe = x.new_zeros(divergence, 1, field.features) if divergence else None
     rows = (name in regularizers for name in REGULARIZERS)
     tensors = [tensor for layer in field.layers for tensor in layer.parts()]
-    return mlp_solve_fits(x, probe, tensors, kind_of(field, kind, *rows))
+    return mlp_solve_fits(x, probe, tensors, kind_of(field, kind, *rows), own_times)
 
 
 class _Unsaid(Exception):
@@ -362,7 +374,7 @@ def _rows_of_steps(
 ) -> list[TapedRows]:
     """The tape of steps per sample for the generic engine: every sample's last, and so on back."""
     tape = []
-    rows, places = torch.arange(newest.shape[0]), newest
+    rows, places = torch.arange(newest.shape[0], device=newest.device), newest
     while rows.numel():
         t, h, t_next, last = times[places].unbind(1)
         tape.append(TapedRows(Steps(rows, t, h, t_next, last != 0), states[places]))

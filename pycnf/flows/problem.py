@@ -31,6 +31,8 @@ class Problem:
         precision: Of the products of matrices of the fused engine on a GPU.
         keep_bytes: How much memory the stages' graphs may take for a discrete gradient; beyond, the
             gradient computes them again, step by step.
+        compiled: An `MLP` is evaluated by the compiled ops, where they serve it, and not layer by
+            layer in PyTorch: on a GPU a product and a pass over memory for each layer.
         stats: Filled in by the solve.
     """
 
@@ -47,6 +49,7 @@ class Problem:
     gradient: str = "discrete"
     precision: str = "float32"
     keep_bytes: int = 0
+    compiled: bool = False
     stats: SolveStats = field(default_factory=SolveStats)
 
     @property

@@ -117,17 +117,17 @@ def value_divergence_and_norm(
     if has_forward_mode(field):
         affines = field.affines(t, z, context)
         return mlp_value_divergence_and_norm(affines, field.activation, z, probe)
-    return _contract(*value_and_products(field, t, z, probe, context), probe)
+    return contract(*value_and_products(field, t, z, probe, context), probe)
 
 
 def mlp_value_divergence_and_norm(
     affines: list[Affine], activation: Activation, z: Tensor, probe: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`value_divergence_and_norm` of an `MLP` given its layers at a time."""
-    return _contract(*push_forward(affines, activation, z, probe), probe)
+    return contract(*push_forward(affines, activation, z, probe), probe)
 
 
-def _contract(
+def contract(
     value: Tensor, products: Tensor, probe: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Value, divergence and squared norm from the products [K, B, D] of ∂f/∂z with the probes."""

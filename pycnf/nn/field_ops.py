@@ -20,13 +20,13 @@ MANY_WEIGHTS, MANY_SAMPLES = 1 << 18, 64
 def serves(field: MLP, t: Tensor | float, z: Tensor, *others: Tensor | None) -> bool:
     """Whether the ops evaluate an `MLP` (one with forward mode) at these arguments.
 
-    On the CPU in float32 and float64, and where nothing but autograd's records is asked of an
-    operation: functions of `torch.func`, dual numbers and autocast meet the plain formulas, and
+    In float32 and float64, and where nothing but autograd's records is asked of an operation:
+    functions of `torch.func`, dual numbers and autocast meet the plain formulas, and
     `torch.compile` makes kernels of its own from them.
     """
     tensors = [z, *(x for x in (t, *others) if isinstance(x, Tensor))]
     return (
-        z.device.type == "cpu"
+        z.dtype in (torch.float32, torch.float64)
         and _ops.has_kernels(z.dtype, z.device)
         and all(type(x) in (Tensor, nn.Parameter) and x.device == z.device for x in tensors)
         and len(field.layers) <= MOST_LAYERS
@@ -34,25 +34,25 @@ def serves(field: MLP, t: Tensor | float, z: Tensor, *others: Tensor | None) -> 
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(z.device.type)
     )
 
 
 def gains(field: MLP, z: Tensor) -> bool:
-    """Whether the ops are faster than the plain formulas, measured forward and backward.
+    """Whether the ops are faster than the plain formulas, measured forward and backward on a CPU.
 
-    They work on 16 samples at a time and add up gradients in memory of their own, which a few
+    They work there on 16 samples at a time and add up gradients in memory of their own, which a few
     samples do not pay for where the weights outgrow a core's cache.
     """
     weights = sum(layer.in_features * layer.out_features for layer in field.layers)
-    return weights <= MANY_WEIGHTS or z.shape[0] >= MANY_SAMPLES
+    return z.device.type == "cpu" and (weights <= MANY_WEIGHTS or z.shape[0] >= MANY_SAMPLES)
 
 
 def _has_parts(layer: nn.Module, z: Tensor) -> bool:
     parts = layer.parts()
     return parts is not None and all(
         x is None
-        or (type(x) in (Tensor, nn.Parameter) and x.dtype == z.dtype and x.device.type == "cpu")
+        or (type(x) in (Tensor, nn.Parameter) and x.dtype == z.dtype and x.device == z.device)
         for x in parts
     )
 

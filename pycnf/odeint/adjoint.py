@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from pycnf.odeint.autocast import autocast_of_now
 from pycnf.odeint.joined import JoinedSolver
 from pycnf.odeint.norms import AdjointNorm, flat_to_shapes
 from pycnf.odeint.problem import CALLBACKS, Problem, make_problem
-from pycnf.odeint.recording import Borrowed, DerivedField
+from pycnf.odeint.recording import Borrowed, DerivedField, NotCaptured, substituted
 from pycnf.odeint.solve import SOLVERS, adaptive_methods, make_solver, solve_without_graph
 from pycnf.odeint.stats import SolveStats
 from pycnf.odeint.until_event import solve_until_event
@@ -253,10 +254,10 @@ class _AdjointField(DerivedField):
 
     @property
     def settings(self) -> tuple:
-        """What the values depend on beside the forward field and the parameters."""
+        """What the values depend on beside the forward field and the parameters' values."""
         problem = self.problem
         shapes = None if problem.shapes is None else tuple(problem.shapes)
-        return problem.sign, shapes, problem.y0.dtype
+        return problem.sign, shapes, problem.y0.dtype, *map(id, self.params)
 
     @property
     def stats(self) -> SolveStats:
@@ -269,6 +270,31 @@ class _AdjointField(DerivedField):
         stats = SolveStats(self.problem.method)
         field.problem = replace(self.problem, func=Borrowed(self.owner), stats=stats)
         return field
+
+    def check(self, t: Tensor, y: tuple[Tensor, ...]) -> None:
+        """Raises NotCaptured where gradients reach the parameters past their places."""
+        _, places = self._leaves()
+        with torch.enable_grad(), places:
+            fresh = [f for f in self.problem.call(self._time(t), y[1]) if f.requires_grad]
+            if not (fresh and self.params):
+                return
+            zeros = [torch.zeros_like(f) for f in fresh]
+            found = _C.pull_back(fresh, self.params, zeros, False)
+        if any(g is not None for g in found):
+            raise NotCaptured("it holds its parameters elsewhere than in its own attributes too")
+
+    def _leaves(self) -> tuple[Sequence[Tensor], AbstractContextManager]:
+        """What is differentiated beside t and y, and a context to evaluate the forward field in.
+
+        Recorded work has leaves of its own in the parameters' places: the nodes that gradients of
+        the parameters themselves flow to belong to the stream that they were first used on, for
+        which no recording can wait.
+        """
+        if not isinstance(self.problem.func, Borrowed):
+            return self.params, nullcontext()
+        leaves = [p.detach().requires_grad_() for p in self.params]
+        tensors = {id(p): leaf for p, leaf in zip(self.params, leaves)}
+        return leaves, substituted(self.problem.func.func(), tensors)
 
     def _time(self, s: Tensor) -> Tensor:
         dtype = rounding.real_dtype(self.problem.y0.dtype)
@@ -283,7 +309,8 @@ class _AdjointField(DerivedField):
         problem, forwards = self.problem, self.problem.sign > 0
         _, y, adjoint = state[:_SEEN]
         with_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        params, places = self._leaves()
+        with torch.enable_grad(), places:
             t = self._time(s)
             if not (with_graph and t.requires_grad):
                 t = t.detach().requires_grad_(True)
@@ -298,7 +325,7 @@ class _AdjointField(DerivedField):
             outputs, weights = zip(*pairs) if pairs else (fresh, cotangents)
             weights = [(-a if forwards else a).to(f.dtype) for f, a in zip(outputs, weights)]
             needs_all = with_graph or self.solve is None or not self.solve.transient
-            wanted = (t, y, *self.params) if needs_all else (t, y)
+            wanted = (t, y, *params) if needs_all else (t, y)
             grads = _C.pull_back(outputs, wanted, weights, with_graph)
         to_t, to_y, *to_params = grads
         to_t = torch.zeros_like(t) if to_t is None else to_t

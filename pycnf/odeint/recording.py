@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import gc
 import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from enum import Enum
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from torch.nn.parameter import is_lazy
 from pycnf._build import _C
 from pycnf._ops import has_kernels
 from pycnf.odeint.autocast import autocast_of_now
+from pycnf.odeint.norms import flat_to_shapes
 from pycnf.odeint.problem import Problem
 from pycnf.odeint.rounding import real_dtype
 from pycnf.odeint.stats import SolveStats
@@ -43,6 +45,14 @@ _PLAIN = frozenset((int, float, complex, str, bytes, Enum, torch.dtype, torch.de
 _kept: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, RecordedSolve | None]] = (
     weakref.WeakKeyDictionary()
 )
+# The last PyTorch that leaves failed captures to be cleaned up.
+_LAST_TO_CLEAN_UP = (2, 13)
+# Held while work is recorded.
+_recording = threading.Lock()
+# Where work is recorded, by device and user's stream.
+_streams: dict[tuple[int, int], Any] = {}
+# Graphs whose capture has failed.
+_failed: list[Any] = []
 # Attributes that evaluations of a module count with: recordings do not depend on them.
 _counters: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()
 
@@ -76,6 +86,10 @@ class DerivedField(abc.ABC):
     @abc.abstractmethod
     def recorded(self) -> DerivedField:
         """The same for a recorded solve, which outlives this one and counts for itself."""
+
+    @abc.abstractmethod
+    def check(self, t: Tensor, y: Any) -> None:
+        """Raises NotCaptured where a recording of it would miss gradients."""
 
     @abc.abstractmethod
     def __call__(self, t: Tensor, y: Any) -> Any: ...
@@ -115,14 +129,15 @@ def from_recording(
     kept = _kept.setdefault(owner, OrderedDict())
     state = python_state(owner, problem.y0.device)
     key = (*_key(problem, owner, state), *settings)
+    checked = torch.is_grad_enabled() or isinstance(problem.func, DerivedField)
     recorded = kept.get(key, _MISSING)
     if recorded is None or not (recorded is _MISSING or recorded.lock.acquire(blocking=False)):
         return None  # not to be captured, as was said, or at work for another thread
     try:
-        if recorded is _MISSING and torch.is_grad_enabled():
-            _check_gradients(problem)
         with _surroundings(problem):
             if recorded is _MISSING:
+                if checked:
+                    _check_gradients(problem)
                 recorded = record()
                 recorded.lock.acquire()
             # The newest last, whatever other threads have thrown out.
@@ -159,7 +174,7 @@ def _owner(problem: Problem) -> Any:
 
 def _obstacle(problem: Problem) -> str | None:
     """Why a problem cannot be solved by replays, None if it can."""
-    y0, owner = problem.y0, _owner(problem)
+    y0, func, owner = problem.y0, problem.func, _owner(problem)
     if y0.device.type not in _DEVICES:
         return f"the state is on {y0.device}, not on a GPU"
     if isinstance(owner, DerivedField):
@@ -170,6 +185,10 @@ def _obstacle(problem: Problem) -> str | None:
         x.requires_grad for x in (y0, problem.s, *owner.parameters())
     ):
         return "gradients flow through the solver's operations; odeint_adjoint's do not"
+    if isinstance(func, DerivedField):
+        placed = {id(x) for _, _, x in _places(owner, {id(p) for p in func.params})}
+        if any(id(p) not in placed for p in func.params):
+            return "a tensor of adjoint_params is no attribute of func or of a module within it"
     if problem.callbacks:
         return f"there are callbacks: {', '.join(problem.callbacks)}"
     if any(each.requires_grad for each in problem.options.values() if isinstance(each, Tensor)):
@@ -251,10 +270,18 @@ def module_key(
         tuple(_place(x, device) for x in held),
         tuple(item for item in state.items() if item[0] not in counters),
         torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
-        torch.get_float32_matmul_precision(),
+        matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
     )
+
+
+def matmul_precision() -> str:
+    """How a GPU multiplies float32 matrices. PyTorch has two settings for it since 2.9, and raises
+    where the older one is asked for after the newer one was set.
+    """
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.get_float32_matmul_precision() if newer is None else newer
 
 
 def python_state(module: nn.Module, device: torch.device) -> dict[tuple[int, str], Any]:
@@ -303,10 +330,37 @@ def _check_gradients(problem: Problem) -> None:
     """Raises NotCaptured where gradients flow to tensors that a field alone knows."""
     y0 = problem.y0.detach().clone()
     t = (problem.sign * problem.s[0].detach()).to(real_dtype(y0.dtype))
+    if isinstance(problem.func, DerivedField):
+        problem.func.recorded().check(t, flat_to_shapes(y0, problem.shapes[: problem.seen]))
+        return
     with torch.enable_grad():
         fresh = replace(problem, stats=SolveStats(problem.method)).call(t, y0)
     if any(part.requires_grad for part in fresh):
         raise NotCaptured("gradients flow to tensors that are none of its parameters")
+
+
+def _places(module: nn.Module, ids: Container[int]) -> list[tuple[dict, str, Tensor]]:
+    """Where a module tree holds these tensors: in which dictionary, by which name."""
+    return [
+        (held, name, x)
+        for part in module.modules()
+        for held in (part._parameters, part._buffers, vars(part))
+        for name, x in held.items()
+        if id(x) in ids
+    ]
+
+
+@contextlib.contextmanager
+def substituted(module: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
+    """Puts other tensors in the places of a module's own, by their ids."""
+    places = _places(module, tensors)
+    try:
+        for held, name, x in places:
+            held[name] = tensors[id(x)]
+        yield
+    finally:
+        for held, name, x in places:
+            held[name] = x
 
 
 class NotCaptured(Exception):
@@ -330,41 +384,110 @@ class Recorded:
     def __call__(self) -> None:
         if self.device.type != "cuda":
             self.work()
-        elif not self.warm:
-            side, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-            side.wait_stream(current)
-            try:
-                with torch.cuda.stream(side):
-                    self.work()
-            finally:
-                current.wait_stream(side)
-            self.warm = True
+        elif self.graph is not None:
+            self._replay()
         else:
-            if self.graph is None:
-                self.graph = self._record()
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            offset = generator.get_offset() if self.random is None else 0
-            self.graph.replay()
-            if self.random is None:
-                self.random = generator.get_offset() != offset
+            with torch.cuda.device(self.device):
+                self._prepare()
 
-    def _record(self) -> Any:
+    def _prepare(self) -> None:
+        # Where another thread records, it is done as written once more: that thread's work may be
+        # for autograd's thread, which may be this one.
+        if self.warm and _recording.acquire(blocking=False):
+            try:
+                self.graph = _record(self.work, self.device)
+            finally:
+                _recording.release()
+            self._replay()
+            return
+        side, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        side.wait_stream(current)
         try:
-            graph = torch.cuda.CUDAGraph(keep_graph=True)
-        except TypeError:  # before PyTorch 2.8
-            graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(self.device)
-        try:
-            # Other threads may go on allocating.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.stream(side):
                 self.work()
-            if hasattr(graph, "instantiate"):
-                graph.instantiate()
-        except RuntimeError as error:
-            # A capture that fails to end leaves its own stream behind.
-            torch.cuda.set_stream(current)
-            raise NotCaptured(str(error).partition("\n")[0]) from error
-        return graph
+        finally:
+            current.wait_stream(side)
+        self.warm = True
+
+    def _replay(self) -> None:
+        generator = torch.cuda.default_generators[self.device.index]
+        offset = generator.get_offset() if self.random is None else 0
+        self.graph.replay()
+        if self.random is None:
+            self.random = generator.get_offset() != offset
+
+
+def _record(work: Callable[[], None], device: torch.device) -> Any:
+    """The work as a CUDA graph; the device is the current one.
+
+    Raises:
+        NotCaptured: the work does what no graph can hold.
+    """
+    graph, pool = _new_graph(), torch.cuda.graph_pool_handle()
+    try:
+        with _no_collection():
+            _capture(graph, pool, work, device)
+        if hasattr(graph, "instantiate"):
+            graph.instantiate()
+    except RuntimeError as error:
+        _clean_up(graph, pool, device)
+        raise NotCaptured(str(error).partition("\n")[0]) from error
+    return graph
+
+
+def _new_graph() -> Any:
+    try:
+        return torch.cuda.CUDAGraph(keep_graph=True)
+    except TypeError:  # before PyTorch 2.8
+        return torch.cuda.CUDAGraph()
+
+
+def _capture(graph: Any, pool: Any, work: Callable[[], Any], device: torch.device) -> None:
+    current = torch.cuda.current_stream(device)
+    # A stream for each of the user's: cuBLAS shares memory among all that is recorded on one.
+    key = device.index, current.cuda_stream
+    if key not in _streams:
+        _streams[key] = torch.cuda.Stream(device)
+    try:
+        # Other threads may go on allocating.
+        with torch.cuda.graph(
+            graph, pool=pool, stream=_streams[key], capture_error_mode="thread_local"
+        ):
+            work()
+    except BaseException:
+        # A capture that fails to end leaves its own stream behind.
+        torch.cuda.set_stream(current)
+        raise
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage may be another graph, and to destroy one spoils a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _clean_up(graph: Any, pool: Any, device: torch.device) -> None:
+    """Ends what a failed capture has begun, of which PyTorch up to 2.13 leaves a part as it is."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) > _LAST_TO_CLEAN_UP:
+        return
+    with contextlib.suppress(RuntimeError):
+        graph.pool()
+        return  # the capture has ended as it should; only the work, or what came later, has failed
+    # The allocator of pinned memory goes on asking the graph what belongs to it.
+    _failed.append(graph)
+    for end in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        with contextlib.suppress(RuntimeError, AttributeError):  # done already, or before 2.7
+            getattr(torch._C, end)(device.index, pool)
+    # The generator goes on waiting for the end of a capture, be it another one's.
+    number = torch.zeros(1, device=device)
+    with contextlib.suppress(RuntimeError):
+        _capture(_new_graph(), None, number.zero_, device)
 
 
 class Attempts:

@@ -47,6 +47,7 @@
 #define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __noinline__ __attribute__((noinline))
 
 static const uint3& threadIdx = cuda_host::thread_index;
 static const uint3& blockIdx = cuda_host::block_index;
@@ -192,6 +193,11 @@ T atomicExch(T* at, T value) {
 template <typename T>
 T atomicAdd(T* at, std::type_identity_t<T> value) {
   return atomicExch(at, T(*at + value));
+}
+
+template <typename T>
+T atomicMax(T* at, std::type_identity_t<T> value) {
+  return atomicExch(at, *at < value ? value : *at);
 }
 
 template <typename T>
