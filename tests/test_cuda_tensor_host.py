@@ -125,8 +125,8 @@ def errors(field, x, context=None, probe=None, **settings):
     return found
 
 
-def check(found):
-    assert found["float32"] < 5e-6, found
+def check(found, single=5e-6):
+    assert found["float32"] < single, found
     assert found["3xtf32"] < 4 * found["float32"] + 1e-6, found
     # Rounded they are, and no more than that.
     assert 1e-5 < found["tf32"] < 3e-3, found
@@ -155,7 +155,9 @@ def test_several_probes_with_a_context(gpu):
 def test_adaptive_steps(gpu):
     probe = points(11, seed=4).sign()[None]
     field = field_of(scale=2.0)
-    check(errors(field, points(11), probe=probe, method="dopri5", rtol=1e-5, atol=1e-5))
+    # Where steps end is a matter of rounding, as far as tolerances allow.
+    found = errors(field, points(11), probe=probe, method="dopri5", rtol=1e-5, atol=1e-5)
+    check(found, single=1e-4)
 
 
 @pytest.mark.parametrize("precision", TENSOR)
