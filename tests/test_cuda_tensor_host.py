@@ -1,4 +1,4 @@
-"""Products on tensor cores, run on a host (see host_ops.py, host_build.py): the products alone equal
+"""Products on tensor cores, run on a host (see host_ops.py, host_build.py): the products alone are
 those of rounded operands, and solves are as near to the CPU's in f64 as the precision says.
 """
 
