@@ -1,4 +1,4 @@
-"""Products on tensor cores, run on a host (see host_ops.py, host_build.py): the products alone equal
+"""Products on tensor cores, run on a host (see host_ops.py, host_build.py): the products alone are
 those of rounded operands, and solves are as near to the CPU's in f64 as the precision says.
 """
 
@@ -84,3 +84,122 @@ def test_products(kernels, precision, out, inputs, count, threads):
         exact = left_hand.double() @ right_hand.double() + (w if kind == OUTER else 0)
         error = ((got - exact).abs() / scale).max()
         assert error <= {"float32": 1e-6, "tf32": 1e-3, "3xtf32": 1e-6, "bf16": 8e-3}[precision]
+
+
+# ---- solves --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(cuda_host_ops, monkeypatch):
+    """Solves of the fused engine are launches, and the CPU is taken for a GPU."""
+
+    def launched(op):
+        def call(*arguments):
+            return moved(op(*moved(arguments, DEVICE)), "cpu")
+
+        return call
+
+    for name in ("mlp_solve", "mlp_solve_backward"):
+        monkeypatch.setattr(fused, name, launched(getattr(cuda_host_ops, name)))
+    monkeypatch.setattr(cnf, "GPUS", ("cpu",))
+    return cuda_host_ops
+
+
+def errors(field, x, context=None, probe=None, **settings):
+    """By precision, the largest error of results and gradients, relative to each one's size."""
+    given = {} if probe is None else {"probe": probe}
+    true, counts = outcome(CNF(field, engine="generic", **settings), x, context, **given)
+    single = copy.deepcopy(field).float()
+    context = None if context is None else context.float()
+    given = {name: probe.float() for name in given}
+    found = {}
+    for precision in fused.PRECISIONS:
+        flow = CNF(single, engine="fused", precision=precision, **settings)
+        mine, made = outcome(flow, x.float(), context, **given)
+        assert flow.stats.engine == "fused"
+        assert settings["method"] != "rk4" or made == counts
+        found[precision] = max(
+            ((a.double() - b).abs().max() / b.abs().max().clamp(min=1)).item()
+            for a, b in zip(mine, true, strict=True)
+        )
+    return found
+
+
+def check(found, single=5e-6):
+    assert found["float32"] < single, found
+    assert found["3xtf32"] < 4 * found["float32"] + 1e-6, found
+    # Rounded they are, and no more than that.
+    assert 1e-5 < found["tf32"] < 3e-3, found
+    assert 1e-4 < found["bf16"] < 3e-2, found
+
+
+RK4 = {"method": "rk4", "options": {"num_steps": 2}}
+
+
+@pytest.mark.parametrize("kind", ["hutchinson", "exact"])
+@pytest.mark.parametrize(
+    ("hidden", "features", "batch"), [((5,), 4, 9), ((33, 34), 5, 19), ((6, 9, 17), 3, 5)]
+)
+def test_solves(gpu, hidden, features, batch, kind):
+    probe = None if kind == "exact" else points(batch, features, seed=4).sign()[None]
+    field = field_of(features, hidden)
+    check(errors(field, points(batch, features), probe=probe, divergence=kind, **RK4))
+
+
+def test_several_probes_with_a_context(gpu):
+    field = field_of(3, (17, 10), layer="concatsquash", context=2)
+    probe = torch.stack([points(9, 3, seed=seed) for seed in (4, 5)])
+    check(errors(field, points(9, 3), points(9, 2, seed=2), probe, noise="gaussian", **RK4))
+
+
+def test_adaptive_steps(gpu):
+    probe = points(11, seed=4).sign()[None]
+    field = field_of(scale=2.0)
+    # Where steps end is a matter of rounding, as far as tolerances allow.
+    found = errors(field, points(11), probe=probe, method="dopri5", rtol=1e-5, atol=1e-5)
+    check(found, single=1e-4)
+
+
+@pytest.mark.parametrize("precision", TENSOR)
+def test_whatever_the_order_of_threads(gpu, precision):
+    field, results = field_of(hidden=(20, 20)).float(), []
+    for seed in range(2):
+        gpu.seed(seed)
+        flow = CNF(field, "exact", precision=precision, **RK4)
+        results.append(outcome(flow, points(20).float())[0])
+    for mine, other in zip(*results, strict=True):
+        assert torch.equal(mine, other)
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+def test_precisions_are_checked():
+    with pytest.raises(ValueError, match=r"precision: got 'tf23', expected one of float32, tf32"):
+        CNF(MLP(2), precision="tf23")
+    flow = CNF(MLP(2))
+    flow.precision = "half"
+    with pytest.raises(ValueError, match=r"precision: got 'half'"):
+        flow(torch.randn(3, 2))
+
+
+@pytest.mark.parametrize("engine", ["fused", "generic"])
+@pytest.mark.parametrize("precision", TENSOR)
+def test_the_cpu_has_float32_alone(precision, engine):
+    flow = CNF(MLP(2), precision=precision, engine=engine)
+    match = rf"precision: got '{precision}', expected 'float32': .* {engine} engine .* on cpu"
+    with pytest.raises(ValueError, match=match):
+        flow(torch.randn(3, 2))
+
+
+def test_f64_has_float32_alone(gpu):
+    flow = CNF(MLP(2).double(), precision="bf16", **RK4)
+    with pytest.raises(ValueError, match=r"precision: got 'bf16', .*float64"):
+        flow(torch.randn(3, 2, dtype=torch.float64))
+
+
+def test_ops_of_the_cpu_refuse_a_precision():
+    parts = [p for layer in MLP(2, (4,)).layers for p in layer.parts()]
+    arguments = (None, None, parts, "euler", [0, 0, 0, 0, 0, 1], [1.0, 0.0, 0.0], 0.0, 1.0, [])
+    with pytest.raises(RuntimeError, match="precision 1, expected 0"):
+        torch.ops.pycnf.mlp_solve(torch.randn(3, 2), *arguments, [0.0, 1.0], -1)

@@ -291,9 +291,11 @@ __device__ void add_divergence(const Tile<T>& tile, int k, Columns<T> p, Columns
 }
 
 // The rates k [rows, samples] of the state whose z [D, samples] is given, at the time that is set;
-// those of extras that are not wanted are 0. Begins and ends with a barrier.
+// those of extras that are not wanted are 0. Begins and ends with a barrier. Much code, which a kernel
+// has once.
 template <Precision kPrecision, typename T>
-__device__ void evaluate(const Tile<T>& tile, bool with_divergence, const T* z, T* rates) {
+__device__ __noinline__ void evaluate(const Tile<T>& tile, bool with_divergence, const T* z,
+                                      T* rates) {
   const auto& solve = tile.solve;
   const auto& layout = tile.layout;
   const int samples = tile.samples(), last = tile.last(), features = tile.features();

@@ -38,11 +38,11 @@ __device__ void product_in(const T* w, int w_stride, int out, int in, Columns<T>
     const T* with[kGroups];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      from[r] = w + least(first_row + r * row_tiles, rows - 1) * kWide;
+      from[r] = known_shared(w + least(first_row + r * row_tiles, rows - 1) * kWide);
     }
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      with[g] = x.at + least(first_group + g * column_tiles, groups - 1) * kWide;
+      with[g] = known_shared(x.at + least(first_group + g * column_tiles, groups - 1) * kWide);
     }
     T sum[kRows][kWide][kGroups][kWide] = {};
 #pragma unroll 4
@@ -76,7 +76,7 @@ __device__ void product_in(const T* w, int w_stride, int out, int in, Columns<T>
           Group<T, kWide> result;
 #pragma unroll
           for (int c = 0; c < kWide; ++c) result.value[c] = sum[r][e][g][c];
-          store<kWide>(y.row(o) + group * kWide, result);
+          store<kWide>(known_shared(y.row(o) + group * kWide), result);
         }
       }
     }
@@ -110,11 +110,11 @@ __device__ void turned_product_in(const T* w, int w_stride, int out, int in, Col
     const T* with[kGroups];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      from[r] = w + least(first_row + r * row_tiles, in - 1) * w_stride;
+      from[r] = known_shared(w + least(first_row + r * row_tiles, in - 1) * w_stride);
     }
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      with[g] = u.at + least(first_group + g * column_tiles, groups - 1) * kWide;
+      with[g] = known_shared(u.at + least(first_group + g * column_tiles, groups - 1) * kWide);
     }
     T sum[kRows][kGroups][kWide] = {};
     for (int o = 0; o < out; o += kWide) {
@@ -148,7 +148,7 @@ __device__ void turned_product_in(const T* w, int w_stride, int out, int in, Col
         Group<T, kWide> result;
 #pragma unroll
         for (int c = 0; c < kWide; ++c) result.value[c] = sum[r][g][c];
-        store<kWide>(y.row(i) + group * kWide, result);
+        store<kWide>(known_shared(y.row(i) + group * kWide), result);
       }
     }
   }
@@ -180,8 +180,8 @@ __device__ void add_outer_in(int out, int in, Columns<T> u, Columns<T> x, int co
     const T* with[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      from[r] = u.row(least(first_out + r * out_tiles, out - 1));
-      with[r] = x.row(least(first_in + r * in_tiles, in - 1));
+      from[r] = known_shared(u.row(least(first_out + r * out_tiles, out - 1)));
+      with[r] = known_shared(x.row(least(first_in + r * in_tiles, in - 1)));
     }
     T part[kRows][kRows] = {};
     for (int c = 0; c < count; c += kWide) {

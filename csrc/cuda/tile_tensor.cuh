@@ -244,7 +244,9 @@ __device__ void product(const T* w, int w_stride, int out, int in, Columns<T> x,
   } else {
     tensor_product<kPrecision, Terms::kRows, Terms::kRows>(
         {known_shared(w), w_stride, out}, {known_shared(x.at), x.stride, count}, in,
-        [&](int o, int c, const Group<float, 4>& four) { store<4>(known_shared(y.row(o) + c), four); });
+        [&](int o, int c, const Group<float, 4>& four) {
+          store<4>(known_shared(y.row(o) + c), four);
+        });
   }
 }
 
@@ -257,7 +259,9 @@ __device__ void turned_product(const T* w, int w_stride, int out, int in, Column
   } else {
     tensor_product<kPrecision, Terms::kSideBySide, Terms::kRows>(
         {known_shared(w), w_stride, in}, {known_shared(u.at), u.stride, count}, out,
-        [&](int i, int c, const Group<float, 4>& four) { store<4>(known_shared(y.row(i) + c), four); });
+        [&](int i, int c, const Group<float, 4>& four) {
+          store<4>(known_shared(y.row(i) + c), four);
+        });
   }
 }
 

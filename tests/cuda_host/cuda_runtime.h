@@ -47,6 +47,7 @@
 #define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __noinline__ __attribute__((noinline))
 
 static const uint3& threadIdx = cuda_host::thread_index;
 static const uint3& blockIdx = cuda_host::block_index;
