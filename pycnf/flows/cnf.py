@@ -87,8 +87,8 @@ class CNF(nn.Module):
             the discrete gradient or none. Numbers, strings and tensors that are attributes of the
             field or of modules in it may change; all else that it reads from Python is read once,
             at the recording.
-        precision: Of the products of a solve in one launch, in f32 on a GPU: "float32", or on tensor
-            cores "tf32", "3xtf32" (near f32) or "bf16"; state, sums and error norm stay f32. What
+        precision: Of the products of a solve in one launch, in f32 on a GPU: "float32", or "tf32",
+            "3xtf32" (near f32) or "bf16" on tensor cores; state, sums and error norm stay f32. What
             goes layer by layer follows `torch.backends.cuda.matmul`.
 
     Attributes:
