@@ -91,8 +91,8 @@ if ! part build $((tests + forward + training + cuda + memcheck)) \
 fi
 
 pytest=("$python" -m pytest -q -m cuda -p no:cacheprovider)
-part tests $((forward + training + cuda + memcheck)) "${pytest[@]}" tests/test_cuda.py ||
-  tail -n 30 "$out/tests.log" >&2
+part tests $((forward + training + cuda + memcheck)) "${pytest[@]}" \
+  tests/test_cuda.py tests/test_cuda_capture.py || tail -n 30 "$out/tests.log" >&2
 
 # A process each: an error of a kernel spoils its process.
 part cuda_forward $((training + cuda + memcheck)) \
@@ -109,7 +109,9 @@ part cuda $memcheck "$python" -m bench cuda --rounds 5 --out "$out" ||
 selection="((test_stage or test_finish or test_interpolate or test_initial_norms) and 1025 and f32)
   or (test_finish_segments and many and f64) or opcheck or strided or stores_what
   or (test_rademacher and 129) or test_keys or test_time_tensors or as_written
-  or (TestFused and (test_batches or test_regularizers or test_probes or (test_layers and concat)))"
+  or (TestFused and (test_batches or test_regularizers or test_probes or (test_layers and concat)
+    or (test_steps_per_sample_of and fourier)))
+  or (test_field_by_layer and concatsquash)"
 if command -v compute-sanitizer >/dev/null; then
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 0 \
     compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
