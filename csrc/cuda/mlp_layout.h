@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "core/mlp_solve.h"
 
@@ -63,14 +64,19 @@ int row_stride(int64_t count) {
   return int((groups + 1 - groups % 2) * kGroup);
 }
 
+// What is more than that fits nowhere.
+inline int at_most_an_int(int64_t count) {
+  return int(std::min<int64_t>(count, std::numeric_limits<int>::max()));
+}
+
 template <typename T>
 GradientPlaces gradient_places(const Mlp<T>& field) {
   constexpr int64_t kGroup = 16 / sizeof(T);
   GradientPlaces places = {};
-  int at = 0;
+  int64_t at = 0;
   const auto take = [&](int64_t count) {
-    const int taken = at;
-    at += int((count + kGroup - 1) / kGroup * kGroup);
+    const int taken = int(at);
+    at += (count + kGroup - 1) / kGroup * kGroup;
     return taken;
   };
   for (int l = 0; l < field.layers; ++l) {
@@ -81,7 +87,7 @@ GradientPlaces gradient_places(const Mlp<T>& field) {
     places.gate_bias[l] = take(layer.out);
     places.shift_weight[l] = take(field.time_features * layer.out);
   }
-  places.numbers = at;
+  places.numbers = at_most_an_int(at);
   return places;
 }
 
@@ -131,7 +137,7 @@ TileLayout tile_layout(const MlpSolve<T>& solve, int samples, bool with_gradient
   layout.z_bar = take(field.features * samples, with_gradient);
   layout.extras_bar = take(extra_rows(solve) * samples, with_gradient);
   layout.gradient = take(gradient_places(field).numbers, with_gradient && sums_in_shared);
-  layout.numbers = int(at);
+  layout.numbers = at_most_an_int(at);
   return layout;
 }
 

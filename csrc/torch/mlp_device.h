@@ -77,14 +77,20 @@ class DeviceSetup {
 };
 
 // Waits until the kernel has told how it ended. It tells in memory of the host, so no call of CUDA's
-// stops the host; every now and then one asks whether the kernel is still at work.
+// stops the host; every now and then one asks whether the kernel is still at work. Who asks for an
+// end meanwhile gets it when the kernel has ended, for it writes to that memory.
 inline void wait_for_report(const volatile double* report, cudaStream_t stream) {
   using Clock = std::chrono::steady_clock;
   auto next = Clock::now() + std::chrono::milliseconds(1);
   while (report[1] == 0) {
     std::this_thread::yield();
     if (Clock::now() < next) continue;
-    check_interrupt();
+    try {
+      check_interrupt();
+    } catch (...) {
+      cudaStreamSynchronize(stream);
+      throw;
+    }
     const cudaError_t state = cudaStreamQuery(stream);
     if (state != cudaErrorNotReady) {
       C10_CUDA_CHECK(state);
