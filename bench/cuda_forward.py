@@ -110,7 +110,7 @@ def rows(
     rounds: int | None = None,
 ) -> Iterator[Row | str]:
     """A case's rows: without and with divergence, in every precision that there is."""
-    for name, options in {OURS: {}, **precisions()}.items():
+    for name, options in {OURS: {}, **precisions(device)}.items():
         try:
             for kind, (flow, probes, run) in solves(case, device, options).items():
                 facts = _facts(run, flow, device)

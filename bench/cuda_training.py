@@ -11,7 +11,6 @@ Everything here takes a device and sizes, so that all but the numbers can be tri
 from __future__ import annotations
 
 import gc
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -72,9 +71,9 @@ def cases() -> list[Case]:
     return sorted(found, key=lambda case: case.target is None)
 
 
-def precisions() -> dict[str, dict]:
-    """The options of pycnf's contenders beside the default; none where it has no such option."""
-    if "precision" not in inspect.signature(pycnf.CNF).parameters:
+def precisions(device: torch.device) -> dict[str, dict]:
+    """The contenders on tensor cores, which only a GPU has."""
+    if device.type != "cuda":
         return {}
     return {f"{OURS}, {name}": {"precision": name} for name in PRECISIONS}
 
@@ -92,7 +91,7 @@ def makers(case: Case, device: torch.device) -> dict[str, Callable[[], Callable]
     """What makes a step of each contender."""
     field, x, probe = inputs(case, device)
     made: dict[str, Callable[[], Callable]] = {OURS: lambda: OurStep(field, x, probe)}
-    for name, options in precisions().items():
+    for name, options in precisions(device).items():
         made[name] = lambda options=options: OurStep(field, x, probe, **options)
     if missing("torchdiffeq", "") is None:
         made[PEER] = lambda: TorchdiffeqStep(field, x, probe, _TOLERANCE, adjoint=True)
@@ -316,5 +315,3 @@ def remarks() -> Iterator[str]:
         remark = missing(package, name)
         if remark is not None:
             yield remark
-    if not precisions():
-        yield "pycnf.CNF has no option precision, so there are no rows of TF32 and bf16."

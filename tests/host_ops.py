@@ -25,6 +25,8 @@ class HostOps:
         module = types.ModuleType("torch.privateuseone")
         module._lazy_init, module._is_in_bad_fork = lambda: None, lambda: False
         module.manual_seed_all = lambda seed: None
+        # Nor is it one to spread modules over.
+        module.is_available = lambda: False
         torch._register_device_module(DEVICE.type, module)
 
     def __getattr__(self, name):

@@ -214,6 +214,9 @@ def test_precisions_are_contenders_where_there_are_any(monkeypatch):
                 raise ValueError("precision: got 'bf16'")
 
     monkeypatch.setattr(pycnf, "CNF", Flow)
+    assert cuda_training.precisions(CPU) == {}
+    precisions = cuda_training.precisions(torch.device("cuda"))
+    monkeypatch.setattr(cuda_training, "precisions", lambda device: precisions)
     rows, remarks, _ = trained(monkeypatch)
     assert {f"{OURS}, tf32", f"{OURS}, 3xtf32"} < set(rows)
     assert [remark.partition(": ")[2] for remark in remarks] == [

@@ -274,7 +274,9 @@ def test_kernels_compile_without_torch(tmp_path, source):
 @needs_source
 @needs_compiler
 @pytest.mark.parametrize(
-    "header", sorted(path.name for path in (CSRC / "core").glob("*.h")) if CSRC.is_dir() else []
+    "header",
+    # activation.h is for the namespaces that have what it asks for.
+    sorted({path.name for path in (CSRC / "core").glob("*.h")} - {"activation.h"}),
 )
 def test_core_headers_stand_alone(header):
     command = ["g++", "-std=c++20", f"-I{CSRC}", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
