@@ -22,13 +22,6 @@ struct Lanes {
   int running;  // samples that have not ended
 };
 
-// Of an attempted step, of the state and its derivative at the start, or of the derivative's change.
-struct LaneNorms {
-  double z = 0;
-  double logdet = 0;
-  bool finite = true;
-};
-
 // A block's part in a solve.
 template <typename T, Precision kPrecision>
 class SampleSolver {
@@ -40,7 +33,7 @@ class SampleSolver {
         lanes_(*shared_memory<Lanes<T>>()),
         numbers_(shared_memory<T>() + kControlNumbers<Lanes<T>, T>),
         rows_(int(state_rows(p.tile.solve))),
-        in_norm_(int(p.tile.solve.field.features) + (p.tile.solve.tangents > 0 ? 1 : 0)) {
+        in_norm_(rows_in_norm(p.tile.solve)) {
     load_method(tableau_, lanes_.weights);
     load_weights(solve(), layout_, numbers_);
   }
@@ -114,12 +107,7 @@ class SampleSolver {
     });
     for_each_place(1, samples, [&](int, int s) {
       FlowAttempt& a = lanes_.attempt[s];
-      a = {};
-      a.t = p_.start;
-      a.end = p_.end;
-      a.length = fabs(p_.end - p_.start);
-      a.direction = p_.end > p_.start ? 1 : -1;
-      a.size = p_.rule.control.first_step;
+      a = attempt_at_start(p_.start, p_.end, p_.rule.control.first_step);
       // Copies of the last sample have nothing to do.
       a.done = tile.counts(s) ? 0 : 1;
       for (int i = 0; i < tableau_.stages; ++i) lanes_.times[s][i] = T(p_.start);
@@ -132,8 +120,8 @@ class SampleSolver {
     evaluate_stage(tile, 0);
     for_each_lane(tile, [&](int s) {
       FlowAttempt& a = lanes_.attempt[s];
-      const LaneNorms state = start_norms(s, y0()), slope = start_norms(s, k().row(0));
-      a.finite = state.finite && slope.finite ? 1 : 0;
+      const TilePartial state = start_norms(s, y0()), slope = start_norms(s, k().row(0));
+      a.finite = state.nonfinite + slope.nonfinite == 0 ? 1 : 0;
       if (adaptive_first_step()) begin_flow(plan(s), norm(state), norm(slope));
     });
     if (adaptive_first_step()) {
@@ -143,8 +131,8 @@ class SampleSolver {
     for_each_lane(tile, [&](int s) {
       double difference = 0;
       if (adaptive_first_step()) {
-        const LaneNorms changed = change_norms(s);
-        difference = changed.finite ? norm(changed) : double(INFINITY);
+        const TilePartial changed = change_norms(s);
+        difference = changed.nonfinite == 0 ? norm(changed) : double(INFINITY);
       }
       choose_first_step(plan(s), adaptive_first_step() ? &difference : nullptr);
       count(s);
@@ -199,60 +187,51 @@ class SampleSolver {
     barrier();
   }
 
-  // The larger RMS of z and of the logdet.
-  __device__ double norm(const LaneNorms& norms) const {
-    const double first = sqrt(norms.z / double(solve().field.features));
-    const double second = sqrt(norms.logdet);
-    return first - first != 0 || second - second != 0 ? double(INFINITY) : larger(first, second);
-  }
-
-  __device__ void add(LaneNorms& norms, int row, T scaled, T value) const {
-    if (!is_finite(value)) norms.finite = false;
-    if (row >= in_norm_) return;
-    const double square = double(scaled) * double(scaled);
-    (row < int(solve().field.features) ? norms.z : norms.logdet) += square;
+  // Of one sample.
+  __device__ double norm(const TilePartial& sums) const {
+    return norm_of(solve(), sums.z, sums.logdet, 1);
   }
 
   // Of the state, or of its derivative.
-  __device__ LaneNorms start_norms(int s, const T* of) const {
-    LaneNorms norms;
+  __device__ TilePartial start_norms(int s, const T* of) const {
+    TilePartial sums = {};
     for (int row = 0; row < rows_; ++row) {
       const int i = row * layout_.samples + s;
-      add(norms, row, of[i] / (p_.atol + p_.rtol * magnitude(y0()[i])), of[i]);
+      add_square(solve(), row, of[i] / (p_.atol + p_.rtol * magnitude(y0()[i])), of[i], sums);
     }
-    return norms;
+    return sums;
   }
 
-  __device__ LaneNorms change_norms(int s) const {
-    LaneNorms norms;
+  __device__ TilePartial change_norms(int s) const {
+    TilePartial sums = {};
     for (int row = 0; row < in_norm_; ++row) {
       const int i = row * layout_.samples + s;
       const T change = k().row(1)[i] - k().row(0)[i];
-      add(norms, row, change / (p_.atol + p_.rtol * magnitude(y0()[i])), change);
+      add_square(solve(), row, change / (p_.atol + p_.rtol * magnitude(y0()[i])), change, sums);
     }
-    return norms;
+    return sums;
   }
 
-  __device__ LaneNorms error_norms(const Tile<T>& tile, int s) const {
-    LaneNorms norms;
+  __device__ TilePartial error_norms(const Tile<T>& tile, int s) const {
+    TilePartial sums = {};
     const auto slopes = k();
     for (int row = 0; row < rows_; ++row) {
       const int i = row * tile.samples() + s;
       const T error = lanes_.h[s] * combined(slopes, lanes_.weights.e, tableau_.stages, i);
       const T scale = p_.atol + p_.rtol * larger_magnitude(y0()[i], y1()[i]);
-      add(norms, row, error / scale, y1()[i]);
+      add_square(solve(), row, error / scale, y1()[i], sums);
     }
-    return norms;
+    return sums;
   }
 
-  __device__ void decide(int s, const LaneNorms& error) const {
+  __device__ void decide(int s, const TilePartial& error) const {
     FlowAttempt& a = lanes_.attempt[s];
     if (a.done != 0 || a.failure != 0) {
       a.accepted_now = 0;
       return;
     }
     const FlowAttempt taken = a;
-    decide_step(plan(s), norm(error), error.finite);
+    decide_step(plan(s), norm(error), error.nonfinite == 0);
     if (a.accepted_now != 0 && p_.times != nullptr) remember(s, taken);
     count(s);
   }

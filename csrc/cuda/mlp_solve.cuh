@@ -58,7 +58,7 @@ class Solver {
         control_(*shared_memory<Control<T>>()),
         numbers_(shared_memory<T>() + kControlNumbers<Control<T>, T>),
         rows_(int(state_rows(p.tile.solve))),
-        in_norm_(int(p.tile.solve.field.features) + (p.tile.solve.tangents > 0 ? 1 : 0)) {
+        in_norm_(rows_in_norm(p.tile.solve)) {
     load_method(tableau_, control_.weights);
     load_weights(solve(), layout_, numbers_);
     for_each_tile([&](const Tile<T>& tile) {
@@ -191,32 +191,15 @@ class Solver {
     return block_sum(mine, control_);
   }
 
-  // The larger RMS of z and of the logdet.
   __device__ double norm(double z, double logdet) const {
-    const double batch = double(p_.tile.batch), features = double(solve().field.features);
-    const double first = sqrt(z / (batch * features));
-    const double second = in_norm_ > features ? sqrt(logdet / batch) : 0.;
-    return first - first != 0 || second - second != 0 ? double(INFINITY) : larger(first, second);
-  }
-
-  // Adds a row's value, scaled for the norm.
-  __device__ void add_square(TilePartial& sum, int row, T scaled, T value) const {
-    if (!is_finite(value)) sum.nonfinite += 1;
-    if (row >= in_norm_) return;
-    const double square = double(scaled) * double(scaled);
-    (row < int(solve().field.features) ? sum.z : sum.logdet) += square;
+    return norm_of(solve(), z, logdet, double(p_.tile.batch));
   }
 
   // The state at the start, its derivative, and the size of the first step.
   __device__ void begin() {
     FlowAttempt& a = control_.attempt;
     if (threadIdx.x == 0) {
-      a = {};
-      a.t = p_.start;
-      a.end = p_.end;
-      a.length = fabs(p_.end - p_.start);
-      a.direction = p_.end > p_.start ? 1 : -1;
-      a.size = p_.rule.control.first_step;
+      a = attempt_at_start(p_.start, p_.end, p_.rule.control.first_step);
       control_.times[0] = T(p_.start);
       control_.h[0] = T(0);
     }
@@ -255,7 +238,7 @@ class Solver {
       const int i = row * samples + s;
       const T scale = p_.atol + p_.rtol * magnitude(y[i]);
       const T value = changed != nullptr ? changed[i] - k[i] : k[i];
-      add_square(sum, row, value / scale, value);
+      add_square(solve(), row, value / scale, value, sum);
       if (changed != nullptr) return;
       const double of_state = double(y[i] / scale);
       if (row < tile.features()) sum.state += of_state * of_state;
@@ -317,7 +300,7 @@ class Solver {
       const int i = row * layout_.samples + s;
       const T error = control_.h[0] * combined(k, control_.weights.e, tableau_.stages, i);
       const T scale = p_.atol + p_.rtol * larger_magnitude(y0[i], y1[i]);
-      add_square(sum, row, error / scale, y1[i]);
+      add_square(solve(), row, error / scale, y1[i], sum);
     });
     return sum;
   }

@@ -23,7 +23,7 @@ struct TileSolve {
   int64_t tiles;
 };
 
-// Sums over a tile's samples of squared scaled values.
+// Sums of squared scaled values over a tile's samples, or of one sample.
 struct TilePartial {
   double z;
   double logdet;

@@ -391,3 +391,39 @@ __device__ inline T combined(const StageRows<T>& k, const T* weights, int count,
   }
   return sum;
 }
+
+// A solve before its first attempt.
+__device__ inline FlowAttempt attempt_at_start(double start, double end, double first_step) {
+  FlowAttempt a = {};
+  a.t = start;
+  a.end = end;
+  a.length = fabs(end - start);
+  a.direction = end > start ? 1 : -1;
+  a.size = first_step;
+  return a;
+}
+
+// Rows of the state that the error's norm has: z and the logdet.
+template <typename T>
+__device__ inline int rows_in_norm(const MlpSolve<T>& solve) {
+  return int(solve.field.features) + (solve.tangents > 0 ? 1 : 0);
+}
+
+// Adds a row's value, scaled for the norm.
+template <typename T>
+__device__ inline void add_square(const MlpSolve<T>& solve, int row, T scaled, T value,
+                                  TilePartial& sum) {
+  if (!is_finite(value)) sum.nonfinite += 1;
+  if (row >= rows_in_norm(solve)) return;
+  const double square = double(scaled) * double(scaled);
+  (row < int(solve.field.features) ? sum.z : sum.logdet) += square;
+}
+
+// The larger RMS of z and of the logdet, of the sums over so many samples.
+template <typename T>
+__device__ inline double norm_of(const MlpSolve<T>& solve, double z, double logdet,
+                                 double samples) {
+  const double first = sqrt(z / (samples * double(solve.field.features)));
+  const double second = sqrt(logdet / samples);
+  return first - first != 0 || second - second != 0 ? double(INFINITY) : larger(first, second);
+}
