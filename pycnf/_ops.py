@@ -227,8 +227,8 @@ def _(
 
 @register_fake("pycnf::mlp_solve")
 def _(
-    x: Tensor, probe: Any, context: Any, parameters: Any, method: str, kind: Sequence[int],
-    *args: Any,
+    x: Tensor, probe: Any, keys: Any, noise: Any, context: Any, parameters: Any, method: str,
+    kind: Sequence[int], *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
     if args[-1] >= 0:
         # A tape is lists with an entry a step, and fakes have symbolic sizes but no such lengths.
@@ -238,13 +238,13 @@ def _(
 
 
 @register_fake("pycnf::mlp_solve_fits")
-def _(x, probe, parameters, kind, own_times):
+def _(x, noise, parameters, kind, own_times):
     return True
 
 
 @register_fake("pycnf::mlp_solve_backward")
 def _(
-    z_bar: Tensor, extras_bar: Any, probe: Any, context: Tensor | None,
+    z_bar: Tensor, extras_bar: Any, probe: Any, keys: Any, noise: Any, context: Tensor | None,
     parameters: Sequence[Tensor | None], method: str, kind: Any, weights: Any, times: Tensor,
     *args: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip
@@ -255,16 +255,16 @@ def _(
 @register_fake("pycnf::mlp_adjoint")
 @register_fake("pycnf::mlp_samples_adjoint")
 def _(
-    z: Tensor, z_bar: Tensor, extras_bar: Any, probe: Any, context: Tensor | None,
-    parameters: Sequence[Tensor | None], *args: Any,
+    z: Tensor, z_bar: Tensor, extras_bar: Any, probe: Any, keys: Any, noise: Any,
+    context: Tensor | None, parameters: Sequence[Tensor | None], *args: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip
     return *_gradients(z, context, parameters), z.new_empty(9, dtype=torch.float64)
 
 
 @register_fake("pycnf::mlp_samples")
 def _(
-    x: Tensor, probe: Any, context: Any, parameters: Any, method: str, kind: Sequence[int],
-    *args: Any,
+    x: Tensor, probe: Any, keys: Any, noise: Any, context: Any, parameters: Any, method: str,
+    kind: Sequence[int], *args: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     # The length of a tape is known by solving only.
     steps = get_ctx().new_dynamic_size() if args[-1] else 0
@@ -282,7 +282,7 @@ def _(
 
 @register_fake("pycnf::mlp_samples_backward")
 def _(
-    z_bar: Tensor, extras_bar: Any, probe: Any, context: Tensor | None,
+    z_bar: Tensor, extras_bar: Any, probe: Any, keys: Any, noise: Any, context: Tensor | None,
     parameters: Sequence[Tensor | None], method: str, kind: Any, weights: Any, times: Tensor,
     *args: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip

@@ -5,6 +5,7 @@ from kernel_cases import F64
 
 from pycnf.nn import MLP
 from pycnf.nn.field_ops import exact_divergence, field_arguments
+from pycnf.nn.precision import PRECISIONS, products_of_torch
 
 cpu = torch.ops.pycnf
 LAYERS = ("ignore", "concat", "concat_v2", "squash", "concatsquash")
@@ -49,7 +50,7 @@ class Case:
         def normal(*shape):
             return torch.randn(shape, dtype=F64).to(dtype)
 
-        self.normal, self.own, self.count = normal, own, count
+        self.normal, self.own, self.count, self.precision = normal, own, count, ()
         self.t = normal(batch) if own else torch.tensor(0.3, dtype=dtype)
         self.z, self.columns = normal(batch, features), normal(count, batch, features)
         self.keys = torch.arange(batch) * 7919 - 5
@@ -68,7 +69,7 @@ class Case:
         self.shared = (offset if offset is None else offset.detach(), parameters)
 
     def of_kind(self, divergence):
-        return [*self.kind[:2], divergence, 0, 0]
+        return [*self.kind[:2], divergence, 0, 0, *self.precision]
 
     def forward(self, kind):
         """An op's name and arguments, without `keep`."""
@@ -121,3 +122,38 @@ def compare(ops, case, device, kinds=KINDS, tolerance=1e-12):
     name, arguments = case.forward("vjp")
     results = getattr(cpu, name)(*arguments)
     close(getattr(ops, name)(*moved(arguments, device)), results, tolerance)
+
+
+def cast(x, dtype):
+    """Floating tensors to a dtype, through lists."""
+    if isinstance(x, (list, tuple)):
+        return type(x)(cast(each, dtype) for each in x)
+    return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def outcome(ops, case, kind, device, dtype):
+    """An op's results and its gradients', on a device in a dtype, in float64."""
+    name, arguments = case.forward(kind)
+    *results, kept = getattr(ops, name)(*moved(cast(arguments, dtype), device), True)
+    name, arguments = case.backward(kind)
+    bars = [torch.full(x.shape, 0.5) for x in results] + [None] * (kind == "value")
+    given = moved(cast((*bars, *arguments), dtype), device)
+    results.append(getattr(ops, name)(*given, kept, True))
+    return [x.double() for x in flat(results)]
+
+
+def errors_by_precision(ops, device, kind, **settings):
+    """The largest errors in float32, relative to the sizes of what the CPU finds in float64."""
+    case = Case(**settings)
+    truth = outcome(cpu, case, kind, "cpu", F64)
+    found = {}
+    for place, precision in enumerate(PRECISIONS):
+        case.precision = (place,) if place else ()
+        with products_of_torch(precision):
+            mine = outcome(ops, case, kind, device, torch.float32)
+        found[precision] = max(
+            ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
+            for a, b in zip(mine, truth, strict=True)
+            if b.numel()
+        )
+    return found

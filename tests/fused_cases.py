@@ -90,6 +90,15 @@ class FusedCases:
         flows = pair(field_of(), method="bosh3", rtol=1e-2, atol=1e-2, probes=probes, noise=noise)
         self.same(flows, points(11), seed=3)
 
+    @pytest.mark.parametrize("steps", ["shared", "per-sample"])
+    @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+    @pytest.mark.parametrize("features", [1, 6, 130])
+    def test_probes_of_many_features_by_keys(self, pair, features, noise, steps):
+        settings = {"method": "bosh3", "rtol": 1e-2, "atol": 1e-2, "steps": steps}
+        flows = pair(field_of(features, (4,)), noise=noise, probes=2, **settings)
+        keys = torch.tensor([5, -(2**63), 2**63 - 1, 5, 0])
+        self.same(flows, points(5, features), seed=2**64 - 1, keys=keys)
+
     @pytest.mark.parametrize("inverse", [False, True])
     @pytest.mark.parametrize("batch", [1, 7, 8, 9, 65, 200])
     def test_batches(self, pair, batch, inverse):

@@ -16,6 +16,7 @@ from pycnf.flows.control import AdaptiveControl
 from pycnf.flows.dynamics import Dynamics
 from pycnf.flows.problem import Problem
 from pycnf.nn import MLP
+from pycnf.nn.precision import PRECISIONS
 from pycnf.odeint.tableau import TABLEAUX
 
 captured = importlib.import_module("pycnf.flows.captured")
@@ -204,3 +205,30 @@ def test_what_a_gpu_does_not_solve_in_one_launch_goes_by_layers(monkeypatch, set
         assert ops == (each is flow)
     assert flow.stats.engine == "fused"
     close(*found, 1e-9)
+
+
+@pytest.mark.parametrize("gradient", ["continuous", "discrete"])
+@pytest.mark.parametrize("precision", PRECISIONS[1:])
+def test_products_by_layers_have_the_flow_s_precision(monkeypatch, precision, gradient):
+    module = importlib.import_module("pycnf.flows.cnf")
+    monkeypatch.setattr(module, "GPUS", ("cpu",))
+    monkeypatch.setattr(module, "fits_gpu", lambda *_: False)
+    flow = CNF(field_of().float(), engine="fused", gradient=gradient, precision=precision)
+    assert f"products in {precision}" in flow.explain()
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+
+    class WatchTorch(TorchDispatchMode):
+        during = None
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "mlp_value" in str(function):
+                self.during = settings.fp32_precision
+            return function(*args, **(kwargs or {}))
+
+    # A CPU has no such products, and says so when it is asked for them.
+    match = rf"precision {PRECISIONS.index(precision)}, expected 0"
+    with WatchTorch() as watch, pytest.raises(RuntimeError, match=match):
+        flow.log_prob(points(5).float())
+    assert watch.during == ("tf32" if "tf32" in precision else before)
+    assert settings.fp32_precision == before

@@ -223,10 +223,25 @@ def test_a_weight_changed_before_the_backward_is_an_error():
         loss.backward()
 
 
-@pytest.mark.parametrize("name", ["probe", "context"])
+@pytest.mark.parametrize("name", ["x", "keys", "probe"])
+@pytest.mark.parametrize("gradient", ["discrete", "seminorm"])
+def test_what_probes_are_made_from_changed_before_the_backward_is_an_error(name, gradient):
+    x = points(4)
+    given = {"keys": torch.arange(4)} if name != "probe" else {"probe": points(4)[None]}
+    given = {} if name == "x" else given
+    loss = pair(field_of(), gradient=gradient)[0](x, **given)[1].sum()
+    (x if name == "x" else given[name]).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["probe", "keys", "context"])
 def test_what_is_on_another_device_is_named(name):
     """Not by an operation somewhere inside."""
-    given = {"x": points(3), "context": points(3, 2), "probe": points(3).unsqueeze(0)}
+    given = {"x": points(3), "context": points(3, 2)}
+    made = {"probe": points(3).unsqueeze(0), "keys": torch.arange(3)}
+    if name in made:
+        given[name] = made[name]
     given[name] = given[name].to("meta")
     with pytest.raises(ValueError, match=f"{name}: got a tensor on meta, expected x's cpu"):
         CNF(field_of(context=2), engine="fused")(**given)

@@ -783,24 +783,20 @@ def test_field_in_float32(ops, kind, activation, hidden):
     assert not torch.backends.cuda.matmul.allow_tf32
     case = Case(6, hidden, 200, 1, context=2, dtype=F32, activation=activation)
 
-    def outcome(op, device, dtype):
-        def cast(x):
-            if isinstance(x, (list, tuple)):
-                return type(x)(map(cast, x))
-            return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-        name, arguments = case.forward(kind)
-        *results, kept = getattr(op, name)(*field_cases.moved(cast(arguments), device), True)
-        name, arguments = case.backward(kind)
-        bars = [torch.full(x.shape, 0.5) for x in results] + [None] * (kind == "value")
-        given = field_cases.moved(cast((*bars, *arguments)), device)
-        results.append(getattr(op, name)(*given, kept, True))
-        return [x.double() for x in field_cases.flat(results)]
-
-    truth = outcome(ops, "cpu", F64)
-    theirs, mine = outcome(ops, "cpu", F32), outcome(ops, DEVICE, F32)
+    places = (("cpu", F64), ("cpu", F32), (DEVICE, F32))
+    truth, theirs, mine = (field_cases.outcome(ops, case, kind, *place) for place in places)
     for exact, a, b in zip(truth, mine, theirs, strict=True):
         assert (a - exact).norm() <= 4 * (b - exact).norm() + 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_precisions_of_the_field(ops, kind):
+    settings = {"hidden": (300, 301, 300), "batch": 64}
+    found = field_cases.errors_by_precision(ops, DEVICE, kind, **settings)
+    assert found["float32"] < 1e-5, found
+    assert found["3xtf32"] < 4 * found["float32"] + 2e-6, found
+    assert 1e-5 < found["tf32"] < 1e-2, found
+    assert 1e-4 < found["bf16"] < 1e-1, found
 
 
 def field_calls(case, t):

@@ -14,6 +14,7 @@ from test_cnf_fused_host import moved
 
 from pycnf.flows import CNF, cnf, fused
 from pycnf.nn import MLP
+from pycnf.nn.precision import PRECISIONS
 
 TENSOR = ("tf32", "3xtf32", "bf16")
 PRODUCT, TURNED, OUTER = range(3)
@@ -50,7 +51,7 @@ def normal(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("precision", fused.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     ("out", "inputs", "count", "threads"),
     [
@@ -74,7 +75,7 @@ def test_products(kernels, precision, out, inputs, count, threads):
         if kind == PRODUCT:
             mine[2].fill_(float("nan"))
         kernels.call(
-            "check_product", fused.PRECISIONS.index(precision), kind, threads, out, inputs, count,
+            "check_product", PRECISIONS.index(precision), kind, threads, out, inputs, count,
             *(matrix.data_ptr() for matrix in mine),
         )  # fmt: skip
         got = mine[{PRODUCT: 2, TURNED: 1, OUTER: 0}[kind]].double()
@@ -113,7 +114,7 @@ def errors(field, x, context=None, probe=None, **settings):
     context = None if context is None else context.float()
     given = {name: probe.float() for name in given}
     found = {}
-    for precision in fused.PRECISIONS:
+    for precision in PRECISIONS:
         flow = CNF(single, engine="fused", precision=precision, **settings)
         mine, made = outcome(flow, x.float(), context, **given)
         assert flow.stats.engine == "fused"
@@ -200,6 +201,18 @@ def test_f64_has_float32_alone(gpu):
 
 def test_ops_of_the_cpu_refuse_a_precision():
     parts = [p for layer in MLP(2, (4,)).layers for p in layer.parts()]
-    arguments = (None, None, parts, "euler", [0, 0, 0, 0, 0, 1], [1.0, 0.0, 0.0], 0.0, 1.0, [])
+    arguments = (
+        None,
+        None,
+        [],
+        None,
+        parts,
+        "euler",
+        [0, 0, 0, 0, 0, 1],
+        [1.0, 0.0, 0.0],
+        0.0,
+        1.0,
+        [],
+    )
     with pytest.raises(RuntimeError, match="precision 1, expected 0"):
         torch.ops.pycnf.mlp_solve(torch.randn(3, 2), *arguments, [0.0, 1.0], -1)

@@ -659,7 +659,7 @@ def op_call(case, changes):
         ("value", {"z": Z.half()}, "z must be"),
         ("value", {"context": C}, "context must be"),
         ("value", {"kind": [0, 0, 1, 0, 0]}, "kind must have no divergence"),
-        ("value", {"kind": [0, 0, 0, 1, 0]}, "kind must be 5 numbers, the last two 0"),
+        ("value", {"kind": [0, 0, 0, 1, 0]}, "kind must be 5 or 6 numbers, the fourth"),
         ("value", {"kind": [99, 4, 0, 0, 0]}, "activation must be"),
         ("value", {"parameters": [Z[0]]}, "parameters must be"),
         ("jvp", {"tangents": Z}, "tangents must be"),

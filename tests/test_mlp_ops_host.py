@@ -39,6 +39,16 @@ def test_shapes(ops, features, hidden):
         compare(ops, Case(features, hidden, batch, count))
 
 
+@pytest.mark.parametrize("hidden", [(5,), (17, 33, 16)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_precisions(ops, kind, hidden):
+    """TF32 is torch's to make of float32, and there is none of it here."""
+    found = field_cases.errors_by_precision(ops, DEVICE, kind, hidden=hidden, batch=7)
+    assert found["float32"] == found["tf32"] < 3e-6, found
+    assert found["3xtf32"] < 3 * found["float32"] + 1e-6, found
+    assert 1e-4 < found["bf16"] < 3e-2, found
+
+
 def test_sums_over_many_samples(ops):
     """Of more rows than a block adds up, in more than one way."""
     for batch in (100, 4200):
@@ -206,7 +216,7 @@ C, T, Z, P = GOOD.shared[0], GOOD.t, GOOD.z, GOOD.columns
         ("value", 2, C[:, :2], "context must be"),
         ("value", 3, [Z[0]], "parameters must be"),
         ("value", 4, [0, 0, 1, 0, 0], "kind must have no divergence"),
-        ("value", 4, [0, 0, 0, 1, 0], "kind must be 5 numbers, the last two 0"),
+        ("value", 4, [0, 0, 0, 1, 0], "kind must be 5 or 6 numbers, the fourth"),
         ("value", 4, [99, 0, 0, 0, 0], "activation must be"),
         ("jvp", 2, Z, "tangents must be"),
         ("jvp", 2, P.float(), "tangents must be"),

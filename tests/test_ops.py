@@ -1261,9 +1261,10 @@ X = torch.linspace(-1, 1, 6).view(3, 2)
 NET = [torch.eye(2), torch.ones(2), torch.ones(2), torch.zeros(2), None] * 2
 # Exact divergence: by unit vectors for steps per sample, whose last layer has a gate here.
 MLP_SETTINGS, SAMPLES_SETTINGS = (
-    (None, NET, method, [0, 0, divergence, 0, 0], [1.0, 0.0, 0.0])
+    (None, [], None, NET, method, [0, 0, divergence, 0, 0], [1.0, 0.0, 0.0])
     for method, divergence in (("rk4", 3), ("dopri5", 2))
 )
+DRAWN_SETTINGS = (X, [5, 2, 1], None, NET, "rk4", [0, 0, 1, 0, 0], [1.0, 0.0, 0.0])
 GRID, CONTROL = [1.0, 0.4, 0.0], [1e-3, 1e-3, 0.0, 1.0, 0.9, 10.0, 0.2, 100.0]
 TAPE = ops.mlp_solve(X, None, *MLP_SETTINGS, 1.0, 0.0, [], GRID, 0)[3:]
 SAMPLES_TAPE = ops.mlp_samples(X, None, *SAMPLES_SETTINGS, 1.0, 0.0, CONTROL, True)[3:]
@@ -1346,6 +1347,9 @@ OPCHECK = {
     "probe_keys, deep": (ops.probe_keys, (K.view(3, 2, 3),)),
     "probe_sample": (ops.probe_sample, (KEYS, 3, 2, 5, False, F32)),
     "mlp_solve": (ops.mlp_solve, (X, None, *MLP_SETTINGS, 1.0, 0.0, [], GRID, -1)),
+    "mlp_solve, probes drawn": (
+        ops.mlp_solve, (X, None, *DRAWN_SETTINGS, 1.0, 0.0, [], GRID, -1),
+    ),
     "mlp_solve_backward": (
         ops.mlp_solve_backward, (*BARS, None, *MLP_SETTINGS, *TAPE, True),
     ),

@@ -25,6 +25,7 @@ struct MlpSolve {
   int64_t vectors;       // of samples in a tile
   bool own_times;        // every sample has a time and a step of its own
   int64_t tangents;      // K; 1 for the closed form, whose tangents are the slopes
+  bool drawn;            // of probes: they are drawn where they are needed
   bool closed_form;      // of the exact divergence
   T probe_weight;        // 1 / K, or 1 for unit vectors
   T sign;                // of the divergence in dℓ/dt
@@ -32,7 +33,7 @@ struct MlpSolve {
   bool jacobian;         // a row for w ‖∂f/∂z‖_F²
   T kinetic_weight;      // w, with the direction of time
   T jacobian_weight;     // likewise
-  const T* probe;        // [tiles, D, K * samples], null without a divergence
+  const T* probe;        // [tiles, D, K * samples]; null without a divergence, or if drawn
   int64_t probe_stride;  // from tile to tile; 0 for unit vectors, which all tiles share
   const T* context;      // [tiles, width of the first layer, samples] or null
   Precision precision;   // of the products

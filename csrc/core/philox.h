@@ -59,6 +59,22 @@ PYCNF_HD T gaussian(const Philox4& block, int feature_in_block) {
   return polar_radius(u) * (feature_in_block % 2 == 0 ? cosine(angle) : sine(angle));
 }
 
+// Values of a probe that are made together: a block of Gaussian ones, bits of one word of Rademacher.
+constexpr int kProbeGroup = 4;
+static_assert(kGaussianPerBlock == kProbeGroup && kRademacherPerBlock % kProbeGroup == 0);
+
+// Those of the features from `feature` on, a multiple of kProbeGroup.
+template <typename T>
+PYCNF_HD void probe_group(uint64_t seed, uint64_t key, uint32_t probe, int64_t feature,
+                          bool is_gaussian, T (&out)[kProbeGroup]) {
+  const int per_block = is_gaussian ? kGaussianPerBlock : kRademacherPerBlock;
+  const Philox4 block = philox(seed, key, probe, uint32_t(feature / per_block));
+  const int first = int(feature % per_block);
+  for (int i = 0; i < kProbeGroup; ++i) {
+    out[i] = is_gaussian ? gaussian<T>(block, i) : rademacher<T>(block, first + i);
+  }
+}
+
 // Steps of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014) over the values' bits.
 PYCNF_HD uint64_t mix_bits(uint64_t x) {
   x += 0x9E3779B97F4A7C15ull;

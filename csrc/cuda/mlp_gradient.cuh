@@ -46,7 +46,8 @@ class Gradient {
 
   __device__ void run() {
     for (int64_t index = blockIdx.x; index < p_.tile.tiles; index += gridDim.x) {
-      const Tile<T> tile = {solve(), layout_, numbers_, p_.tile.batch, index};
+      const Tile<T> tile = {solve(), p_.tile.noise, layout_, numbers_, p_.tile.batch, index};
+      make_keys(tile);
       load_cotangents(tile);
       for (int64_t n = p_.steps - 1; recall(tile, n); --n) reverse_step(tile);
       const T* const z_bar = tile.at(layout_.z_bar);

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "core/elementary.h"
+#include "core/philox.h"
 #include "core/rk.h"
 #include "cuda/device.cuh"
 #include "cuda/mlp_solve.h"

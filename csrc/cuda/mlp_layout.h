@@ -31,6 +31,8 @@ struct TileLayout {
   int slope[kMaxLayers];  // s∘φ' [out, samples] of hidden layers, where there are several tangents
   int sums;               // [2, samples]: of the divergence, and of the Jacobian's squares
   int z;                  // [D, samples]: a state
+  int probe;              // [D, samples]: of one tangent, where probes are drawn
+  int held;               // which: a number of 64 bits
   // Of the gradient only.
   int unmixed;                  // Nᵀ, like M
   int mixed_bar;                // the cotangent of M
@@ -134,6 +136,8 @@ TileLayout tile_layout(const MlpSolve<T>& solve, int samples, bool with_gradient
   for (int& u : layout.u) u = take(widest * layout.stride, with_gradient);
   layout.sums = take(2 * samples);
   layout.z = take(field.features * samples);
+  layout.probe = take(field.features * samples, solve.drawn);
+  layout.held = take(8 / sizeof(T), solve.drawn);
   layout.z_bar = take(field.features * samples, with_gradient);
   layout.extras_bar = take(extra_rows(solve) * samples, with_gradient);
   layout.gradient = take(gradient_places(field).numbers, with_gradient && sums_in_shared);

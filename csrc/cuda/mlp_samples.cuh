@@ -44,7 +44,7 @@ class SampleSolver {
       if (threadIdx.x == 0) lanes_.tile = int64_t(atomicAdd(&p_.counts->tiles, 1ull));
       barrier();
       if (lanes_.tile >= p_.tile.tiles) break;
-      const Tile<T> tile = {solve(), layout_, numbers_, p_.tile.batch, lanes_.tile};
+      const Tile<T> tile = {solve(), p_.tile.noise, layout_, numbers_, p_.tile.batch, lanes_.tile};
       begin(tile);
       for (bool first = false; running(); first = !tableau_.solution_is_last_stage) {
         attempt(tile, first ? 0 : 1);
@@ -101,6 +101,7 @@ class SampleSolver {
   // The state at the start, its derivative, and the size of the first step.
   __device__ void begin(const Tile<T>& tile) const {
     const int features = tile.features(), samples = tile.samples();
+    make_keys(tile);
     T* const y = y0();
     for_each_place(rows_, samples, [&](int row, int s) {
       y[row * samples + s] = row < features ? p_.x[tile.sample(s) * features + row] : T(0);

@@ -12,11 +12,21 @@
 
 namespace pycnf {
 
+// Where probes come from that are drawn; see core/philox.h.
+template <typename T>
+struct TileNoise {
+  uint64_t seed;
+  bool gaussian;
+  int64_t* keys;  // [B]: given, or scratch for
+  const T* rows;  // [B, D]: the hashes of these; or null
+};
+
 // What a solve hands to its kernels. `solve` is without a tableau; its `probe` [K, B, D] and
 // `context` [B, width of the first layer] are the caller's own arrays.
 template <typename T>
 struct TileSolve {
   MlpSolve<T> solve;
+  TileNoise<T> noise;
   Tableau tableau;
   TileLayout layout;
   int64_t batch;

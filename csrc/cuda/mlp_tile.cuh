@@ -13,6 +13,7 @@
 template <typename T>
 struct Tile {
   const MlpSolve<T>& solve;
+  const TileNoise<T>& noise;
   const TileLayout& layout;
   T* shared;
   int64_t batch;
@@ -66,6 +67,12 @@ __device__ inline void with_activation(Activation kind, const Body& body) {
 #undef PYCNF_CASE
 }
 
+// Which probes are in shared memory: a tangent of a tile, -1 for none.
+template <typename T>
+__device__ inline int64_t* probe_held(const TileLayout& layout, T* shared) {
+  return reinterpret_cast<int64_t*>(shared + layout.held);
+}
+
 // ---- what all tiles share -----------------------------------------------------------------------
 
 template <typename T>
@@ -79,6 +86,7 @@ __device__ void load_weights(const MlpSolve<T>& solve, const TileLayout& layout,
     });
     for_each_place(in, stride - out, [&](int i, int o) { weight[i * stride + out + o] = T(0); });
   }
+  if (solve.drawn && threadIdx.x == 0) *probe_held(layout, shared) = -1;
 }
 
 // Σ_f weight[f, o] τ_f + bias_o, features `width` apart.
@@ -171,10 +179,51 @@ struct Pass {
   __device__ int count(int samples) const { return (int(values) + int(tangents)) * samples; }
 };
 
-// The probe's value that tangent k has at feature d.
+// Makes the keys of a tile's samples, where they are hashes.
+template <typename T>
+__device__ void make_keys(const Tile<T>& tile) {
+  const auto& noise = tile.noise;
+  if (!tile.solve.drawn || noise.rows == nullptr) return;
+  const int features = tile.features();
+  for_each_place(1, tile.samples(), [&](int, int s) {
+    if (!tile.counts(s)) return;
+    const int64_t b = tile.sample(s);
+    noise.keys[b] = int64_t(hash_row(noise.rows + b * features, features));
+  });
+}
+
+// Sees to it that the k-th tangent's probes are in shared memory, if they are drawn. Begins, and
+// where it has drawn them ends, with a barrier.
+template <typename T>
+__device__ void hold_probe(const Tile<T>& tile, int k) {
+  if (!tile.solve.drawn) return;
+  int64_t& held = *probe_held(tile.layout, tile.shared);
+  const int64_t wanted = tile.index * tile.solve.tangents + k;
+  const bool there = held == wanted;
+  barrier();
+  if (there) return;
+  const auto& noise = tile.noise;
+  const int features = tile.features(), samples = tile.samples();
+  T* const probe = tile.at(tile.layout.probe);
+  for_each_place(ceil_div(features, kProbeGroup), samples, [&](int group, int s) {
+    const int first = group * kProbeGroup;
+    T value[kProbeGroup];
+    probe_group(noise.seed, uint64_t(noise.keys[tile.sample(s)]), uint32_t(k), first,
+                noise.gaussian, value);
+#pragma unroll
+    for (int i = 0; i < kProbeGroup; ++i) {
+      if (first + i < features) probe[(first + i) * samples + s] = value[i];
+    }
+  });
+  if (threadIdx.x == 0) held = wanted;
+  barrier();
+}
+
+// The probe's value that tangent k has at feature d; of those that are drawn, one held.
 template <typename T>
 __device__ inline T probe_at(const Tile<T>& tile, int k, int d, int s) {
   const auto& solve = tile.solve;
+  if (solve.drawn) return tile.at(tile.layout.probe)[d * tile.samples() + s];
   if (solve.probe == nullptr) return T(k == d);
   return solve.probe[(k * tile.batch + tile.sample(s)) * tile.features() + d];
 }
@@ -184,9 +233,11 @@ template <typename T>
 __device__ void load_inputs(const Tile<T>& tile, const Pass& pass, const T* z, int k,
                             Columns<T> x) {
   const int samples = tile.samples();
+  const bool tangents = pass.tangents && !tile.solve.closed_form;
+  if (tangents) hold_probe(tile, k);
   for_each_place(tile.features(), samples, [&](int d, int s) {
     if (pass.values) x.row(d)[s] = z[d * samples + s];
-    if (pass.tangents && !tile.solve.closed_form) {
+    if (tangents) {
       x.row(d)[samples + s] = probe_at(tile, k, d, s);
     }
   });

@@ -7,30 +7,22 @@
 namespace pycnf {
 namespace {
 
-// Features of one thread: a whole block of Philox for Gaussian probes, bits of one word for
-// Rademacher.
-constexpr int kFeatures = 4;
-static_assert(kGaussianPerBlock == kFeatures && kRademacherPerBlock % kFeatures == 0);
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     sample_probes_kernel(const __grid_constant__ ProbeParams<T> p) {
-  const int per_block = p.gaussian ? kGaussianPerBlock : kRademacherPerBlock;
-  const int64_t groups = (p.features + kFeatures - 1) / kFeatures;
+  const int64_t groups = (p.features + kProbeGroup - 1) / kProbeGroup;
   const int64_t work = p.probes * p.batch * groups;
   for (int64_t item = global_thread(); item < work; item += global_threads()) {
     const int64_t row = item / groups;  // of [K * B]
-    const int64_t feature = (item - row * groups) * kFeatures;
+    const int64_t feature = (item - row * groups) * kProbeGroup;
     const int64_t probe = row / p.batch;
     const int64_t sample = row - probe * p.batch;
-    const Philox4 block =
-        philox(p.seed, uint64_t(p.keys[sample]), uint32_t(probe), uint32_t(feature / per_block));
-    const int first = int(feature % per_block);
+    T value[kProbeGroup];
+    probe_group(p.seed, uint64_t(p.keys[sample]), uint32_t(probe), feature, p.gaussian, value);
     T* out = p.out + row * p.features + feature;
 #pragma unroll
-    for (int i = 0; i < kFeatures; ++i) {
-      if (feature + i >= p.features) break;
-      out[i] = p.gaussian ? gaussian<T>(block, i) : rademacher<T>(block, first + i);
+    for (int i = 0; i < kProbeGroup; ++i) {
+      if (feature + i < p.features) out[i] = value[i];
     }
   }
 }
@@ -51,7 +43,7 @@ __global__ void __launch_bounds__(kKeyThreads)
 
 template <typename T>
 cudaError_t launch_sample_probes(const ProbeParams<T>& p, cudaStream_t stream) {
-  const int64_t work = p.probes * p.batch * ((p.features + kFeatures - 1) / kFeatures);
+  const int64_t work = p.probes * p.batch * ((p.features + kProbeGroup - 1) / kProbeGroup);
   if (work == 0) return cudaSuccess;
   return launch(sample_probes_kernel<T>, blocks_for(work, kThreads), kThreads, 0, stream, p);
 }

@@ -5,6 +5,9 @@
 
 namespace pycnf {
 
+// Elements per thread below which waking another thread costs more than it saves.
+constexpr int64_t kGrain = 32768;
+
 const CpuKernels& cpu_kernels_of_this_machine();
 
 template <typename T>

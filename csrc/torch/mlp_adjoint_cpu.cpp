@@ -273,17 +273,16 @@ class AdjointSolver {
 
 using AdjointGradient = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>, at::Tensor>;
 
-AdjointGradient mlp_adjoint_cpu(const at::Tensor& z, const at::Tensor& z_bar,
-                                const std::optional<at::Tensor>& extras_bar,
-                                const std::optional<at::Tensor>& probe,
-                                const std::optional<at::Tensor>& context,
-                                const Parameters& parameters, std::string_view method,
-                                at::IntArrayRef kind, at::ArrayRef<double> weights, double start,
-                                double end, at::ArrayRef<double> control, at::ArrayRef<double> grid,
-                                at::IntArrayRef segments) {
+AdjointGradient mlp_adjoint_cpu(
+    const at::Tensor& z, const at::Tensor& z_bar, const std::optional<at::Tensor>& extras_bar,
+    const std::optional<at::Tensor>& probe, const std::optional<at::Tensor>& keys,
+    at::IntArrayRef noise, const std::optional<at::Tensor>& context, const Parameters& parameters,
+    std::string_view method, at::IntArrayRef kind, at::ArrayRef<double> weights, double start,
+    double end, at::ArrayRef<double> control, at::ArrayRef<double> grid, at::IntArrayRef segments) {
   AdjointGradient result;
   AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "mlp_adjoint", [&] {
-    MlpSetup<scalar_t> setup(z, {probe, context, parameters, method, kind, weights}, false);
+    MlpSetup<scalar_t> setup(z, {probe, keys, noise, context, parameters, method, kind, weights},
+                             false);
     setup.every_stage_mixed = true;
     setup.turn_weights();
     const bool adaptive = setup.solve.tableau->adaptive;

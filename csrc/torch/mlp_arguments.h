@@ -23,12 +23,19 @@ enum class Divergence : int { kNone, kProbes, kUnitVectors, kClosedForm };
 // The arguments that all ops of the fused engine share; schema.cpp says what they mean.
 struct MlpArguments {
   const std::optional<at::Tensor>& probe;
+  const std::optional<at::Tensor>& keys;
+  at::IntArrayRef noise;
   const std::optional<at::Tensor>& context;
   const Parameters& parameters;
   std::string_view method;
   at::IntArrayRef kind;
   at::ArrayRef<double> weights;
-  int64_t drawn = 0;  // K, where probes are drawn tile by tile and no tensor holds them
+
+  // Whether probes are random, and no tensor holds them.
+  bool drawn() const { return keys.has_value(); }
+  uint64_t seed() const { return uint64_t(noise[0]); }
+  int64_t probes() const { return noise[1]; }
+  bool gaussian() const { return noise[2] != 0; }
 };
 
 inline const Tableau& find_tableau(std::string_view method) {
@@ -106,6 +113,29 @@ void read_layers(const MlpArguments& arguments, int64_t features, Mlp<T>& field,
   TORCH_CHECK(in == features, "the last layer must have ", features, " outputs, got ", in);
 }
 
+// K, of probes that are given or drawn.
+template <typename T>
+int64_t count_probes(const MlpArguments& arguments, int64_t batch, int64_t features) {
+  const auto& [probe, keys, noise, context, parameters, method, kind, weights] = arguments;
+  if (!arguments.drawn()) {
+    TORCH_CHECK(probe.has_value() && probe->dim() == 3 && probe->size(0) > 0 &&
+                    probe->size(1) == batch && probe->size(2) == features &&
+                    probe->scalar_type() == dtype_of<T>(),
+                "probe must be [K, ", batch, ", ", features, "] of ", dtype_of<T>());
+    return probe->size(0);
+  }
+  const bool rows = keys->scalar_type() == dtype_of<T>();
+  TORCH_CHECK(keys->dim() == (rows ? 2 : 1) && keys->size(0) == batch &&
+                  (rows ? keys->size(1) == features : keys->scalar_type() == at::kLong),
+              "keys must be int64 [", batch, "], or rows [", batch, ", ", features, "] of ",
+              dtype_of<T>(), ", got ", keys->scalar_type(), " ", keys->sizes());
+  TORCH_CHECK(!probe.has_value() && noise.size() == 3 && noise[1] > 0,
+              "keys must come without a probe, and with a seed, the number of probes and whether "
+              "they are Gaussian, got noise ",
+              noise);
+  return arguments.probes();
+}
+
 // Fills in what does not depend on who computes: the network, and what of it is wanted.
 template <typename T, typename Rows>
 void read_solve(const MlpArguments& arguments, const at::Tensor& x, MlpSolve<T>& solve,
@@ -131,15 +161,8 @@ void read_solve(const MlpArguments& arguments, const at::Tensor& x, MlpSolve<T>&
     case Divergence::kNone:
       break;
     case Divergence::kProbes:
-      solve.tangents = arguments.drawn;
-      if (solve.tangents == 0) {
-        TORCH_CHECK(arguments.probe.has_value() && arguments.probe->dim() == 3 &&
-                        arguments.probe->size(0) > 0 && arguments.probe->size(1) == x.size(0) &&
-                        arguments.probe->size(2) == field.features &&
-                        arguments.probe->scalar_type() == dtype_of<T>(),
-                    "probe must be [K, ", x.size(0), ", ", field.features, "] of ", dtype_of<T>());
-        solve.tangents = arguments.probe->size(0);
-      }
+      solve.tangents = count_probes<T>(arguments, x.size(0), field.features);
+      solve.drawn = arguments.drawn();
       solve.probe_weight = T(1) / T(solve.tangents);
       break;
     case Divergence::kUnitVectors:
@@ -166,7 +189,7 @@ void read_solve(const MlpArguments& arguments, const at::Tensor& x, MlpSolve<T>&
 
 // The probes that are given, [K, B, D]; undefined where there are none.
 inline at::Tensor read_probe(const MlpArguments& arguments) {
-  const bool given = Divergence(arguments.kind[2]) == Divergence::kProbes && arguments.drawn == 0;
+  const bool given = Divergence(arguments.kind[2]) == Divergence::kProbes && !arguments.drawn();
   return given ? arguments.probe->contiguous() : at::Tensor();
 }
 

@@ -28,6 +28,7 @@ class DeviceSetup {
     }
     if (arguments.context.has_value()) check_cuda(*arguments.context, "context");
     if (arguments.probe.has_value()) check_cuda(*arguments.probe, "probe");
+    if (arguments.drawn()) check_cuda(*arguments.keys, "keys");
     solve.own_times = own_times;
     read_solve(arguments, x, solve, tensors_, [&](const at::Tensor& parameter, int64_t count) {
       tensors_.push_back(count == 1 ? parameter.reshape({-1}).contiguous()
@@ -38,6 +39,7 @@ class DeviceSetup {
     solve.tableau = nullptr;
     probe_ = read_probe(arguments);
     if (probe_.defined()) solve.probe = values<T>(probe_);
+    if (solve.drawn) read_noise(arguments);
     context_ = read_context(arguments, x, solve);
     if (context_.defined()) solve.context = values<T>(context_);
     rows = state_rows(solve);
@@ -47,7 +49,7 @@ class DeviceSetup {
   TileSolve<T> tile_solve(const TilePlan& plan) const {
     TORCH_CHECK(plan.tiles > 0,
                 "the network does not fit into the GPU's shared memory; mlp_solve_fits tells");
-    return {solve, tableau, plan.layout, batch, plan.tiles};
+    return {solve, noise_, tableau, plan.layout, batch, plan.tiles};
   }
 
   FlowRule rule(const StepControl& control) const {
@@ -72,8 +74,21 @@ class DeviceSetup {
   int64_t extras = 0;
 
  private:
+  void read_noise(const MlpArguments& arguments) {
+    noise_.seed = arguments.seed();
+    noise_.gaussian = arguments.gaussian();
+    keys_ = arguments.keys->contiguous();
+    if (keys_.scalar_type() != at::kLong) {
+      tensors_.push_back(keys_);
+      noise_.rows = values<T>(keys_);
+      keys_ = at::empty({batch}, options.dtype(at::kLong));
+    }
+    noise_.keys = keys_.mutable_data_ptr<int64_t>();
+  }
+
   std::vector<at::Tensor> tensors_;
-  at::Tensor probe_, context_;
+  at::Tensor probe_, keys_, context_;
+  TileNoise<T> noise_ = {};
 };
 
 // Waits until the kernel has told how it ended. It tells in memory of the host, so no call of CUDA's

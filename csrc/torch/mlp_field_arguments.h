@@ -1,6 +1,7 @@
 // The arguments of the ops that evaluate the field once, and their checks, on any device.
 #pragma once
 
+#include <array>
 #include <tuple>
 #include <vector>
 
@@ -21,6 +22,8 @@ struct FieldArguments {
   int64_t seed = 0;
   int64_t probes = 0;
   bool gaussian = false;
+
+  std::array<int64_t, 3> noise() const { return {seed, probes, int64_t(gaussian)}; }
 };
 
 inline void check_rows(const at::Tensor& x, const at::Tensor& z, const char* name) {
@@ -47,8 +50,8 @@ inline void check_arguments(const FieldArguments& arguments) {
                   (t.dim() == 0 || (t.dim() == 1 && t.size(0) == z.size(0))),
               "t must be 0-dim or [", z.size(0), "] of ", z.scalar_type(), ", got ", t.sizes(),
               " of ", t.scalar_type());
-  TORCH_CHECK(kind.size() == 5 && kind[3] == 0 && kind[4] == 0,
-              "kind must be 5 numbers, the last two 0, got ", kind);
+  TORCH_CHECK((kind.size() == 5 || kind.size() == 6) && kind[3] == 0 && kind[4] == 0,
+              "kind must be 5 or 6 numbers, the fourth and fifth 0, got ", kind);
   if (jvp) return;
   const bool drawn = keys.has_value();
   TORCH_CHECK(Divergence(kind[2]) == Divergence::kProbes ? probe.has_value() != drawn
@@ -66,7 +69,7 @@ inline void check_divergence_bar(const std::optional<at::Tensor>& bar, const at:
                                  at::IntArrayRef kind) {
   TORCH_CHECK(
       !bar.has_value() ||
-          (kind.size() == 5 && kind[2] != 0 && bar->dim() == 1 && bar->size(0) == z.size(0) &&
+          (kind.size() > 2 && kind[2] != 0 && bar->dim() == 1 && bar->size(0) == z.size(0) &&
            bar->scalar_type() == z.scalar_type() && bar->device() == z.device()),
       "divergence_bar must be [", z.size(0), "] of ", z.scalar_type(), ", with a divergence; got ",
       bar->sizes(), " of ", bar->scalar_type());

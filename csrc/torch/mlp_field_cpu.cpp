@@ -18,8 +18,8 @@ class Field {
   Field(const FieldArguments& arguments, int64_t cotangents)
       : own_times(arguments.t.dim() == 1),
         setup(arguments.z,
-              {arguments.probe, arguments.context, arguments.parameters, "euler",
-               solver_kind(arguments), kWeights, arguments.keys.has_value() ? arguments.probes : 0},
+              {arguments.probe, arguments.keys, arguments.noise(), arguments.context,
+               arguments.parameters, "euler", solver_kind(arguments), kWeights},
               own_times, false),
         numbers_(setup.table.field_numbers(setup.solve, cotangents)),
         workspace_(recycled(setup.chunks * (numbers_ + kAlign<T>), setup.options)),

@@ -17,6 +17,7 @@
 #include "cuda/kernels.h"
 #include "cuda/mlp_layer.h"
 #include "torch/cuda_device.h"
+#include "torch/matrix_product.h"
 #include "torch/mlp_field_arguments.h"
 
 // Products of tangents that are in memory at a time, in numbers; more tangents take turns, and
@@ -27,15 +28,6 @@
 
 namespace pycnf {
 namespace {
-
-// out = a b, or out += a b: the one place where a product's precision is chosen.
-void product(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add = false) {
-  if (add) {
-    out.addmm_(a, b);
-  } else {
-    at::mm_out(out, a, b);
-  }
-}
 
 template <typename T>
 T* pointer(const at::Tensor& x) {
@@ -70,13 +62,9 @@ class Field {
         z(arguments.z.contiguous()) {
     const auto kind = solver_kind(arguments);
     const double no_weights[3] = {1, 0, 0};
-    const MlpArguments of_solve = {arguments.probe,
-                                   arguments.context,
-                                   arguments.parameters,
-                                   "euler",
-                                   kind,
-                                   no_weights,
-                                   arguments.keys.has_value() ? arguments.probes : 0};
+    const auto noise = arguments.noise();
+    const MlpArguments of_solve = {arguments.probe,      arguments.keys, noise, arguments.context,
+                                   arguments.parameters, "euler",        kind,  no_weights};
     check_devices(arguments);
     solve.own_times = own_times;
     read_solve(of_solve, arguments.z, solve, weights, [](const at::Tensor& x, int64_t) {
@@ -137,6 +125,12 @@ class Field {
   }
 
   at::Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, options); }
+
+  // Of what samples have and a weight, or of two of what they have.
+  void product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
+               bool add = false) const {
+    pycnf::product(solve.precision, out, a, b, add);
+  }
 
   // ---- time -------------------------------------------------------------------------------------
 
@@ -357,7 +351,7 @@ class Field {
       return;
     }
     unmixed = empty({out(1), out(0)});
-    product(unmixed, weights[2].t(), scaled_first);
+    product_of_torch(unmixed, weights[2].t(), scaled_first);
     mixed = weights[1] * unmixed;
   }
 
@@ -527,10 +521,10 @@ class Reverse {
                trace = closed_form && l == field_.last;
     const auto bars = make_bars(l - 1, pass.blocks(), pass);
     if (closed_form) {
-      product(bars.rows.narrow(0, 0, batch), u.rows.narrow(0, 0, batch), weight);
-      if (!trace) product(bars.tangent, u.tangent, field_.mixed);
+      field_.product(bars.rows.narrow(0, 0, batch), u.rows.narrow(0, 0, batch), weight);
+      if (!trace) field_.product(bars.tangent, u.tangent, field_.mixed);
     } else {
-      product(bars.rows, u.rows, weight);
+      field_.product(bars.rows, u.rows, weight);
     }
     const auto x = need_parameters_ ? at::empty_like(bars.rows) : at::Tensor();
     ReverseParams<T> p = {};
@@ -561,28 +555,28 @@ class Reverse {
 
   void add_weight_bar(int l, const ProductBars& u, const at::Tensor& x, bool closed_form) {
     if (!closed_form) {
-      product(weight_bars_[l], u.rows.t(), x, begun_[l]);
+      field_.product(weight_bars_[l], u.rows.t(), x, begun_[l]);
       begun_[l] = true;
       return;
     }
     const int64_t batch = field_.batch;
-    product(weight_bars_[l], u.rows.narrow(0, 0, batch).t(), x.narrow(0, 0, batch));
+    field_.product(weight_bars_[l], u.rows.narrow(0, 0, batch).t(), x.narrow(0, 0, batch));
     const auto slopes = x.narrow(0, batch, batch);
     if (l < field_.last) {
       mixed_bar_ = field_.empty({field_.out(l), field_.in(l)});
-      product(mixed_bar_, u.tangent.t(), slopes);
+      field_.product(mixed_bar_, u.tangent.t(), slopes);
     } else if (l == 1) {
       mixed_bar_ = field_.empty({1, field_.in(l)});
-      product(mixed_bar_, divergence_bar_.view({1, batch}), slopes);
+      product_of_torch(mixed_bar_, divergence_bar_.view({1, batch}), slopes);
     }
   }
 
   void reverse_first(const Pass& pass, const ProductBars& u) {
     const auto& weight = field_.weights[0];
     if (pass.values) {
-      product(z_bar_, u.value, weight);
+      field_.product(z_bar_, u.value, weight);
       if (need_parameters_) {
-        product(weight_bars_[0], u.value.t(), field_.z, begun_[0]);
+        field_.product(weight_bars_[0], u.value.t(), field_.z, begun_[0]);
         begun_[0] = true;
       }
     }
@@ -597,12 +591,12 @@ class Reverse {
         to.copy_(columns);
       }
     } else if (need_parameters_) {
-      product(weight_bars_[0], u.tangent.t(), field_.probe_rows(pass), begun_[0]);
+      field_.product(weight_bars_[0], u.tangent.t(), field_.probe_rows(pass), begun_[0]);
     }
     begun_[0] = true;
     if (!probe_bar_.defined()) return;
-    product(probe_bar_.narrow(0, pass.first, pass.count).view({-1, field_.in(0)}), u.tangent,
-            weight, divergence_bar_.defined());
+    field_.product(probe_bar_.narrow(0, pass.first, pass.count).view({-1, field_.in(0)}), u.tangent,
+                   weight, divergence_bar_.defined());
   }
 
   // From the cotangent of the closed form's M or m to those of the weights and the last gate.
@@ -618,8 +612,8 @@ class Reverse {
       weight_bars_[1].addcmul_(mixed_bar_, field_.unmixed);
       mixed_bar_.mul_(field_.weights[1]);
       first_bar = field_.empty({field_.out(last), field_.out(0)});
-      product(first_bar, weight, mixed_bar_);
-      product(weight_bars_[last], field_.scaled_first, mixed_bar_.t(), true);
+      product_of_torch(first_bar, weight, mixed_bar_);
+      product_of_torch(weight_bars_[last], field_.scaled_first, mixed_bar_.t(), true);
     }
     if (field_.gate[last].defined()) {
       gate_bar_ = (first_bar * first.t()).sum(1);
@@ -685,9 +679,9 @@ class Reverse {
     const auto shift_bar = terms_[l].narrow(0, 0, batch);
     const auto& s = field_.gate[l];
     const auto add = [&](int which, const at::Tensor& terms) {
-      product(bar(which).view({field_.out(l), -1}), terms.t(), field_.tau);
+      product_of_torch(bar(which).view({field_.out(l), -1}), terms.t(), field_.tau);
       auto of_features = field_.empty(field_.tau.sizes());
-      product(of_features, terms, field_.parameter_matrix(l, which));
+      product_of_torch(of_features, terms, field_.parameter_matrix(l, which));
       if (field_.rate.defined()) of_features.mul_(field_.rate);
       t_bar.add_(of_features.sum(1));
     };
@@ -793,7 +787,7 @@ void pull_back(const Field<T>& field, const Evaluation& of, const at::Tensor& co
   u = u.reshape({count * field.batch, field.z.size(1)});
   for (int l = field.last; l > 0; --l) {
     const auto bar = field.empty({count * field.batch, field.in(l)});
-    product(bar, u, field.weights[l]);
+    field.product(bar, u, field.weights[l]);
     ReverseParams<T> p = {};
     p.products = field.products(l - 1, of, {true, 0, 0});
     p.products.tangents = count;
@@ -801,7 +795,7 @@ void pull_back(const Field<T>& field, const Evaluation& of, const at::Tensor& co
     C10_CUDA_CHECK(launch_reverse(field.solve.field.activation, p, current_stream()));
     u = bar;
   }
-  product(result.view({count * field.batch, -1}), u, field.weights[0]);
+  field.product(result.view({count * field.batch, -1}), u, field.weights[0]);
 }
 
 std::tuple<at::Tensor, at::Tensor> mlp_vjp_cuda(const at::Tensor& t, const at::Tensor& z,

@@ -123,30 +123,30 @@ GradientResult backward(const at::Tensor& z_bar, const std::optional<at::Tensor>
   return result;
 }
 
-GradientResult mlp_solve_backward_cuda(const at::Tensor& z_bar,
-                                       const std::optional<at::Tensor>& extras_bar,
-                                       const std::optional<at::Tensor>& probe,
-                                       const std::optional<at::Tensor>& context,
-                                       const Parameters& parameters, std::string_view method,
-                                       at::IntArrayRef kind, at::ArrayRef<double> weights,
-                                       const at::Tensor& times, at::TensorList states,
-                                       at::TensorList kept, bool need_times) {
+GradientResult mlp_solve_backward_cuda(
+    const at::Tensor& z_bar, const std::optional<at::Tensor>& extras_bar,
+    const std::optional<at::Tensor>& probe, const std::optional<at::Tensor>& keys,
+    at::IntArrayRef noise, const std::optional<at::Tensor>& context, const Parameters& parameters,
+    std::string_view method, at::IntArrayRef kind, at::ArrayRef<double> weights,
+    const at::Tensor& times, at::TensorList states, at::TensorList kept, bool need_times) {
   TORCH_CHECK(kept.empty() && states.size() == 1 && states[0].dim() == 3 && times.dim() == 2 &&
                   states[0].size(0) == times.size(0) && states[0].size(1) == z_bar.size(0) &&
                   states[0].size(2) == z_bar.size(1) &&
                   states[0].scalar_type() == z_bar.scalar_type() && times.size(0) > 0 &&
                   times.size(1) == 3 && times.scalar_type() == at::kDouble,
               "states and times must be a GPU's tape of a solve from ", z_bar.sizes());
-  return backward(z_bar, extras_bar, {probe, context, parameters, method, kind, weights},
+  return backward(z_bar, extras_bar,
+                  {probe, keys, noise, context, parameters, method, kind, weights},
                   {times, states[0], nullptr, nullptr}, need_times);
 }
 
 GradientResult mlp_samples_backward_cuda(
     const at::Tensor& z_bar, const std::optional<at::Tensor>& extras_bar,
-    const std::optional<at::Tensor>& probe, const std::optional<at::Tensor>& context,
-    const Parameters& parameters, std::string_view method, at::IntArrayRef kind,
-    at::ArrayRef<double> weights, const at::Tensor& times, const at::Tensor& states,
-    const at::Tensor& previous, const at::Tensor& newest, bool need_times) {
+    const std::optional<at::Tensor>& probe, const std::optional<at::Tensor>& keys,
+    at::IntArrayRef noise, const std::optional<at::Tensor>& context, const Parameters& parameters,
+    std::string_view method, at::IntArrayRef kind, at::ArrayRef<double> weights,
+    const at::Tensor& times, const at::Tensor& states, const at::Tensor& previous,
+    const at::Tensor& newest, bool need_times) {
   TORCH_CHECK(times.dim() == 2 && times.size(0) > 0 && times.size(1) == 4 &&
                   times.scalar_type() == at::kDouble && states.dim() == 2 &&
                   states.size(0) == times.size(0) && states.size(1) == z_bar.size(1) &&
@@ -157,7 +157,8 @@ GradientResult mlp_samples_backward_cuda(
               z_bar.sizes());
   check_cuda(previous, "previous");
   check_cuda(newest, "newest");
-  return backward(z_bar, extras_bar, {probe, context, parameters, method, kind, weights},
+  return backward(z_bar, extras_bar,
+                  {probe, keys, noise, context, parameters, method, kind, weights},
                   {times, states, &previous, &newest}, need_times);
 }
 

@@ -504,13 +504,15 @@ SampleSolution solve_forward(const MlpSetup<T>& setup, const at::Tensor& x,
 }
 
 SampleSolution mlp_samples_cpu(const at::Tensor& x, const std::optional<at::Tensor>& probe,
+                               const std::optional<at::Tensor>& keys, at::IntArrayRef noise,
                                const std::optional<at::Tensor>& context,
                                const Parameters& parameters, std::string_view method,
                                at::IntArrayRef kind, at::ArrayRef<double> weights, double start,
                                double end, at::ArrayRef<double> control, bool taped) {
   SampleSolution solution;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "mlp_samples", [&] {
-    const MlpSetup<scalar_t> setup(x, {probe, context, parameters, method, kind, weights}, true);
+    const MlpSetup<scalar_t> setup(
+        x, {probe, keys, noise, context, parameters, method, kind, weights}, true);
     solution = solve_forward(setup, x.contiguous(), {start, end, read_control(control)}, taped);
   });
   return solution;
@@ -630,13 +632,15 @@ at::Tensor filled(const MlpSetup<T>& setup, const std::optional<at::Tensor>& ext
 
 Gradient mlp_samples_backward_cpu(
     const at::Tensor& z_bar, const std::optional<at::Tensor>& extras_bar,
-    const std::optional<at::Tensor>& probe, const std::optional<at::Tensor>& context,
-    const Parameters& parameters, std::string_view method, at::IntArrayRef kind,
-    at::ArrayRef<double> weights, const at::Tensor& times, const at::Tensor& states,
-    const at::Tensor& previous, const at::Tensor& newest, bool need_times) {
+    const std::optional<at::Tensor>& probe, const std::optional<at::Tensor>& keys,
+    at::IntArrayRef noise, const std::optional<at::Tensor>& context, const Parameters& parameters,
+    std::string_view method, at::IntArrayRef kind, at::ArrayRef<double> weights,
+    const at::Tensor& times, const at::Tensor& states, const at::Tensor& previous,
+    const at::Tensor& newest, bool need_times) {
   Gradient result;
   AT_DISPATCH_FLOATING_TYPES(z_bar.scalar_type(), "mlp_samples_backward", [&] {
-    MlpSetup<scalar_t> setup(z_bar, {probe, context, parameters, method, kind, weights}, true);
+    MlpSetup<scalar_t> setup(
+        z_bar, {probe, keys, noise, context, parameters, method, kind, weights}, true);
     setup.turn_weights();
     result = backward(setup, z_bar.contiguous(), filled(setup, extras_bar), parameters, times,
                       states, previous, newest, need_times);
@@ -764,13 +768,15 @@ Gradient adjoint(const MlpSetup<T>& setup, const at::Tensor& z, const at::Tensor
 Gradient mlp_samples_adjoint_cpu(const at::Tensor& z, const at::Tensor& z_bar,
                                  const std::optional<at::Tensor>& extras_bar,
                                  const std::optional<at::Tensor>& probe,
+                                 const std::optional<at::Tensor>& keys, at::IntArrayRef noise,
                                  const std::optional<at::Tensor>& context,
                                  const Parameters& parameters, std::string_view method,
                                  at::IntArrayRef kind, at::ArrayRef<double> weights, double start,
                                  double end, at::ArrayRef<double> control) {
   Gradient result;
   AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "mlp_samples_adjoint", [&] {
-    MlpSetup<scalar_t> setup(z, {probe, context, parameters, method, kind, weights}, true);
+    MlpSetup<scalar_t> setup(z, {probe, keys, noise, context, parameters, method, kind, weights},
+                             true);
     setup.every_stage_mixed = true;
     setup.turn_weights();
     result = adjoint(setup, z.contiguous(), z_bar.contiguous(), filled(setup, extras_bar),

@@ -97,6 +97,7 @@ Solution samples_cuda(const DeviceSetup<T>& setup, const at::Tensor& x, double s
 }
 
 Solution mlp_samples_cuda(const at::Tensor& x, const std::optional<at::Tensor>& probe,
+                          const std::optional<at::Tensor>& keys, at::IntArrayRef noise,
                           const std::optional<at::Tensor>& context, const Parameters& parameters,
                           std::string_view method, at::IntArrayRef kind,
                           at::ArrayRef<double> weights, double start, double end,
@@ -104,7 +105,8 @@ Solution mlp_samples_cuda(const at::Tensor& x, const std::optional<at::Tensor>& 
   Solution solution;
   const CUDAGuard guard(x.device());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "mlp_samples", [&] {
-    const DeviceSetup<scalar_t> setup(x, {probe, context, parameters, method, kind, weights}, true);
+    const DeviceSetup<scalar_t> setup(
+        x, {probe, keys, noise, context, parameters, method, kind, weights}, true);
     TORCH_CHECK(setup.tableau.adaptive, "method ", method, " has no steps of the samples' own");
     solution = samples_cuda(setup, x, start, end, read_control(control), taped);
   });

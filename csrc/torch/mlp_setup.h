@@ -10,6 +10,7 @@
 
 #include "torch/cpu_kernels.h"
 #include "torch/mlp_arguments.h"
+#include "torch/probe_cpu.h"
 
 namespace pycnf {
 
@@ -59,7 +60,7 @@ class MlpSetup {
     read_solve(arguments, x, solve, weights, [&](const auto& parameter, int64_t count) {
       return rows_of_outputs(parameter, count);
     });
-    probe = read_probe(arguments);
+    probe = solving && solve.drawn ? draw_probes(arguments) : read_probe(arguments);
     // Products work on two columns at a time, and tiles of fewer than 16 samples waste weights.
     const int64_t most = batch <= table.lanes ? 1 : 2;
     solve.vectors =
@@ -244,6 +245,13 @@ class MlpSetup {
   bool every_stage_mixed = false;
 
  private:
+  at::Tensor draw_probes(const MlpArguments& arguments) const {
+    const at::Tensor& keys = *arguments.keys;
+    return probe_sample_cpu(keys.scalar_type() == at::kLong ? keys : probe_keys_cpu(keys),
+                            int64_t(arguments.seed()), solve.tangents, solve.field.features,
+                            arguments.gaussian(), dtype());
+  }
+
   // Vectors of a tile, from `least` to four times as many: wider tiles pass over the weights, and
   // the sums of their gradients, less often. The thread with the most tiles must not get more
   // samples by it; where tiles must be the same whatever the threads, eight of them must be left.

@@ -194,13 +194,15 @@ using Solution = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std:
                             std::vector<at::Tensor>>;
 
 Solution mlp_solve_cpu(const at::Tensor& x, const std::optional<at::Tensor>& probe,
+                       const std::optional<at::Tensor>& keys, at::IntArrayRef noise,
                        const std::optional<at::Tensor>& context, const Parameters& parameters,
                        std::string_view method, at::IntArrayRef kind, at::ArrayRef<double> weights,
                        double start, double end, at::ArrayRef<double> control,
                        at::ArrayRef<double> grid, int64_t keep_bytes) {
   Solution solution;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "mlp_solve", [&] {
-    const MlpSetup<scalar_t> setup(x, {probe, context, parameters, method, kind, weights}, false);
+    const MlpSetup<scalar_t> setup(
+        x, {probe, keys, noise, context, parameters, method, kind, weights}, false);
     const bool adaptive = setup.solve.tableau->adaptive;
     // Without tolerances norms are of the plain numbers: finite or not.
     StepControl steps = {.atol = 1};
@@ -312,27 +314,26 @@ Gradient solve_backward(const MlpSetup<T>& setup, const at::Tensor& z_bar,
           sums.tensors(sums.numbers(0, 0), parameters), times_bar};
 }
 
-Gradient mlp_solve_backward_cpu(const at::Tensor& z_bar,
-                                const std::optional<at::Tensor>& extras_bar,
-                                const std::optional<at::Tensor>& probe,
-                                const std::optional<at::Tensor>& context,
-                                const Parameters& parameters, std::string_view method,
-                                at::IntArrayRef kind, at::ArrayRef<double> weights,
-                                const at::Tensor& times, at::TensorList states, at::TensorList kept,
-                                bool need_times) {
+Gradient mlp_solve_backward_cpu(
+    const at::Tensor& z_bar, const std::optional<at::Tensor>& extras_bar,
+    const std::optional<at::Tensor>& probe, const std::optional<at::Tensor>& keys,
+    at::IntArrayRef noise, const std::optional<at::Tensor>& context, const Parameters& parameters,
+    std::string_view method, at::IntArrayRef kind, at::ArrayRef<double> weights,
+    const at::Tensor& times, at::TensorList states, at::TensorList kept, bool need_times) {
   Gradient result;
   AT_DISPATCH_FLOATING_TYPES(z_bar.scalar_type(), "mlp_solve_backward", [&] {
     TORCH_CHECK(states.size() > 0, "states must have at least one step's");
-    MlpSetup<scalar_t> setup(z_bar, {probe, context, parameters, method, kind, weights}, false,
-                             true, states[0].size(2));
+    MlpSetup<scalar_t> setup(z_bar,
+                             {probe, keys, noise, context, parameters, method, kind, weights},
+                             false, true, states[0].size(2));
     setup.turn_weights();
     result = solve_backward(setup, z_bar, extras_bar, parameters, times, states, kept, need_times);
   });
   return result;
 }
 
-bool mlp_solve_fits_cpu(const at::Tensor&, const std::optional<at::Tensor>&, const Parameters&,
-                        at::IntArrayRef, bool) {
+bool mlp_solve_fits_cpu(const at::Tensor&, at::IntArrayRef, const Parameters&, at::IntArrayRef,
+                        bool) {
   return true;
 }
 

@@ -113,6 +113,7 @@ Solution solve_cuda(const DeviceSetup<T>& setup, const at::Tensor& x, double sta
 }
 
 Solution mlp_solve_cuda(const at::Tensor& x, const std::optional<at::Tensor>& probe,
+                        const std::optional<at::Tensor>& keys, at::IntArrayRef noise,
                         const std::optional<at::Tensor>& context, const Parameters& parameters,
                         std::string_view method, at::IntArrayRef kind, at::ArrayRef<double> weights,
                         double start, double end, at::ArrayRef<double> control,
@@ -120,8 +121,8 @@ Solution mlp_solve_cuda(const at::Tensor& x, const std::optional<at::Tensor>& pr
   Solution solution;
   const CUDAGuard guard(x.device());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "mlp_solve", [&] {
-    const DeviceSetup<scalar_t> setup(x, {probe, context, parameters, method, kind, weights},
-                                      false);
+    const DeviceSetup<scalar_t> setup(
+        x, {probe, keys, noise, context, parameters, method, kind, weights}, false);
     // Without tolerances norms are of the plain numbers: finite or not.
     StepControl steps = {.atol = 1};
     if (setup.tableau.adaptive) steps = read_control(control);
@@ -130,14 +131,17 @@ Solution mlp_solve_cuda(const at::Tensor& x, const std::optional<at::Tensor>& pr
   return solution;
 }
 
-bool mlp_solve_fits_cuda(const at::Tensor& x, const std::optional<at::Tensor>& probe,
-                         const Parameters& parameters, at::IntArrayRef kind, bool own_times) {
+bool mlp_solve_fits_cuda(const at::Tensor& x, at::IntArrayRef noise, const Parameters& parameters,
+                         at::IntArrayRef kind, bool own_times) {
   bool fits = false;
   const CUDAGuard guard(x.device());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "mlp_solve_fits", [&] {
     const std::optional<at::Tensor> none;
-    const DeviceSetup<scalar_t> setup(x, {probe, none, parameters, "euler", kind, {1., 0., 0.}},
-                                      own_times);
+    // Probes that are drawn take the most room.
+    const std::optional<at::Tensor> keys =
+        noise.empty() ? none : at::empty({x.size(0)}, x.options().dtype(at::kLong));
+    const DeviceSetup<scalar_t> setup(
+        x, {none, keys, noise, none, parameters, "euler", kind, {1., 0., 0.}}, own_times);
     TilePlan solve, gradient;
     C10_CUDA_CHECK(own_times ? plan_samples(setup.solve, setup.batch, &solve)
                              : plan_solve(setup.solve, setup.batch, &solve));

@@ -237,7 +237,7 @@ def key_of(
         None if context is None else (context.shape, context.dtype, context.requires_grad),
         None if problem.probe is None else problem.probe.shape,
         problem.tableau.name,
-        problem.compiled,
+        (problem.compiled, problem.precision),
         dataclasses.replace(control, first_step=1.0 if given else None),
         (problem.direction, problem.sign, problem.divergence),
         tuple(problem.regularizers.items()),
@@ -265,7 +265,7 @@ class Recording:
         self.tableau = tableau
         self.probe = None if problem.probe is None else static_like(problem.probe)
         self.context = None if context is None else static_like(context)
-        self.problem = replace(problem, probe=self.probe, stats=SolveStats())
+        self.problem = replace(problem, probes=self.probe, stats=SolveStats())
         self.dynamics = Dynamics(self.problem)
         self.ops: Any = kernels(x)
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycnf._ops import has_kernels, probe_keys, probe_sample
+from pycnf._ops import has_kernels
 from pycnf.nn.divergence import VectorField
 from pycnf.nn.fusion import why_not_fused
 from pycnf.nn.mlp import MLP
+from pycnf.nn.precision import PRECISIONS
 from pycnf.odeint.arguments import choice
 from pycnf.odeint.tableau import TABLEAUX, Tableau
 from pycnf.warn import warn
@@ -24,7 +25,8 @@ from .captured import Recordings, is_own, is_recordable
 from .control import AdaptiveControl, FixedControl
 from .distributions import StandardNormal
 from .dynamics import REGULARIZERS, check_time_per_sample
-from .fused import GPUS, PRECISIONS, fits_gpu, solve_fused
+from .fused import GPUS, fits_gpu, solve_fused
+from .noise import Noise
 from .problem import Problem
 from .solve import solve
 from .stats import SolveStats
@@ -87,9 +89,9 @@ class CNF(nn.Module):
             the discrete gradient or none. Numbers, strings and tensors that are attributes of the
             field or of modules in it may change; all else that it reads from Python is read once,
             at the recording.
-        precision: Of the products of a solve in one launch, in f32 on a GPU: "float32", or "tf32",
-            "3xtf32" (near f32) or "bf16" on tensor cores; state, sums and error norm stay f32. What
-            goes layer by layer follows `torch.backends.cuda.matmul`.
+        precision: Of the products of the fused engine, in f32 on a GPU: "float32", or "tf32",
+            "3xtf32" (near f32) or "bf16" on tensor cores; state, sums and error norm stay f32.
+            Layer by layer, "float32" is what `torch.backends.cuda.matmul` says.
 
     Attributes:
         stats: `SolveStats` of the newest forward; None before.
@@ -470,7 +472,7 @@ class CNF(nn.Module):
             return f"gradient={self.gradient!r} has none in one launch"
         if any(getattr(time, "requires_grad", False) for time in (self.t0, self.t1)):
             return "t0 and t1 have no gradients in one launch"
-        probes = self.probes if self.divergence == "hutchinson" else False
+        probes = self.probes if self.divergence == "hutchinson" else 0
         own_times = self.steps == "per-sample" and TABLEAUX[self.method].adaptive
         parts = [layer.parts() for layer in field.layers]
         shapes = [(p.weight.shape, p.gate_weight is not None) for p in parts]
@@ -560,12 +562,11 @@ class CNF(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Solves in one direction; the state at the end and its extras, and makes the stats."""
         x, context = self._check_input(x, context, "z" if inverse else "x")
-        if divergence:
-            probe = self._probe(x, probe, seed, keys)
+        probes = self._probes(x, probe, seed, keys) if divergence else None
         t0, t1 = self._times()
         start, end, sign = (t0, t1, -1.0) if inverse else (t1, t0, 1.0)
         stats = SolveStats()
-        problem = self._problem(start, end, probe, sign, stats, divergence)
+        problem = self._problem(start, end, probes, sign, stats, divergence)
         ends = (self.t0, self.t1) if inverse else (self.t1, self.t0)
         z, *extras = self._solve(problem, x, context, *ends)
         stats.regularizers = dict(zip(problem.regularizers, extras[1:]))
@@ -576,7 +577,7 @@ class CNF(nn.Module):
         self,
         start: float,
         end: float,
-        probe: Tensor | None,
+        probes: Tensor | Noise | None,
         sign: float,
         stats: SolveStats,
         divergence: bool,
@@ -590,7 +591,7 @@ class CNF(nn.Module):
             start=start,
             end=end,
             divergence=divergence,
-            probe=probe,
+            probes=probes,
             sign=sign,
             regularizers=dict(self.regularizers or {}) if divergence else {},
             # Without an error estimate there is nothing to adapt to a sample.
@@ -629,10 +630,9 @@ class CNF(nn.Module):
                 check_time_per_sample(problem, x, context)
                 self._times_checked = True
             fused = self._takes_fused()
-            launched = fused and self._why_by_layers() is None
             if self.precision != "float32":
-                self._check_precision(launched, x)
-            if launched:
+                self._check_precision(fused, x)
+            if fused and self._why_by_layers() is None:
                 return solve_fused(problem, x, context, start, end)
             if fused:
                 problem.compiled, problem.stats.engine = True, "fused"
@@ -641,17 +641,17 @@ class CNF(nn.Module):
             # A divergence by vector-Jacobian products needs a graph, which inference mode refuses.
             with torch.inference_mode(False), torch.no_grad():
                 if problem.probe is not None:
-                    problem.probe = problem.probe.clone()
+                    problem.probes = problem.probe.clone()
                 context = None if context is None else context.clone()
                 return self._solve_generic(problem, x.clone(), context, None, None)
 
-    def _check_precision(self, launched: bool, x: Tensor) -> None:
-        if launched and x.device.type in GPUS and x.dtype == torch.float32:
+    def _check_precision(self, fused: bool, x: Tensor) -> None:
+        if fused and x.device.type in GPUS and x.dtype == torch.float32:
             return
         raise ValueError(
-            f"precision: got {self.precision!r}, expected 'float32': others are for solves of the "
-            f"fused engine in one launch, in float32 on a GPU, and this one is in {x.dtype} on "
-            f"{x.device}. {self.explain()}"
+            f"precision: got {self.precision!r}, expected 'float32': others are for the fused "
+            f"engine in float32 on a GPU, and this solve is in {x.dtype} on {x.device}. "
+            f"{self.explain()}"
         )
 
     def _solve_generic(
@@ -672,9 +672,9 @@ class CNF(nn.Module):
                 return outputs
         return solve(problem, x, context, start, end)
 
-    def _probe(
+    def _probes(
         self, x: Tensor, probe: Tensor | None, seed: int | None, keys: Tensor | None
-    ) -> Tensor | None:
+    ) -> Tensor | Noise | None:
         """The probes of a solve: given, random, or None for the exact divergence."""
         if probe is not None:
             if keys is not None or seed is not None:
@@ -695,8 +695,9 @@ class CNF(nn.Module):
             return probe
         if self.divergence == "exact":
             return None
+        rows = x.detach()
         if keys is None:
-            keys = probe_keys(x.detach())
+            keys = rows
         elif not isinstance(keys, Tensor):
             raise TypeError(f"keys: got {type(keys).__name__}, expected an int64 tensor [B]")
         elif keys.shape != x.shape[:1] or keys.dtype != torch.int64:
@@ -709,7 +710,7 @@ class CNF(nn.Module):
             seed = int(torch.empty((), dtype=torch.int64).random_())
         elif isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed: got {seed!r}, expected a whole number of at most 64 bits")
-        return probe_sample(keys, seed, self.probes, x.shape[1], noise=self.noise, dtype=x.dtype)
+        return Noise(keys, seed, self.probes, self.noise, rows)
 
     # ---- base distribution -----------------------------------------------------------------------
 

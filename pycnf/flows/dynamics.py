@@ -151,7 +151,7 @@ class Dynamics:
         field = self.problem.field
         if not (self.compiled and serves(field, t, z, probe, context)):
             return None
-        return CompiledField(field, z, context)
+        return CompiledField(field, z, context, self.problem.precision)
 
     def _evaluate_compiled(
         self, field: CompiledField, t: Tensor, z: Tensor, probe: Tensor | None, full: bool

@@ -24,6 +24,7 @@ from .control import AdaptiveControl
 from .dynamics import REGULARIZERS, Dynamics
 from .errors import SolveError
 from .forward import Taped
+from .noise import Noise
 from .per_sample import Steps, TapedRows
 from .problem import Problem
 from .shared import Step, slopes
@@ -31,9 +32,6 @@ from .solve import filled, gradients_of_ends, replayed_gradient, solve
 
 # In the order of Status in csrc/torch/mlp_report.h.
 DONE, TOO_MANY_STEPS, UNDERFLOW, STATE_NOT_FINITE, FIELD_NOT_FINITE = range(5)
-
-# In the order of Precision in csrc/core/mlp_solve.h.
-PRECISIONS = ("float32", "tf32", "3xtf32", "bf16")
 
 # Devices whose solves are one launch.
 GPUS = ("cuda",)
@@ -64,7 +62,9 @@ def solve_fused(
     problem.stats.engine = "fused"
     _check_device("x", x, problem.field.like, "the field's")
     _check_device("context", context, x, "x's")
-    _check_device("probe", problem.probe, x, "x's")
+    probe, keys, _ = _probes(problem)
+    _check_device("probe", probe, x, "x's")
+    _check_device("keys", keys, x, "x's")
     offset, tensors, _ = field_arguments(problem.field, x, context)
     if x.shape[0] == 0:
         zero = x.sum(1)
@@ -90,24 +90,22 @@ def _check_device(name: str, given: Tensor | None, like: Tensor, whose: str) -> 
         raise ValueError(f"{name}: got a tensor on {given.device}, expected {whose} {like.device}")
 
 
-def fits_gpu(
-    field: MLP, divergence: bool | int, regularizers: Sequence[str], own_times: bool
-) -> bool:
+def fits_gpu(field: MLP, probes: int, regularizers: Sequence[str], own_times: bool) -> bool:
     """Whether a GPU solves with a field in one launch.
 
     Args:
         field: On the GPU.
-        divergence: How many probes there are; False for the exact divergence.
+        probes: How many there are; 0 for the exact divergence.
         regularizers: Their names.
         own_times: Whether samples take steps of their own.
     """
     x = field.like.detach().new_zeros(1, field.features)
     norm = "jacobian" in regularizers
-    kind = PROBES if divergence else UNIT_VECTORS if norm else exact_divergence(field, own_times)
-    probe = x.new_zeros(divergence, 1, field.features) if divergence else None
+    kind = PROBES if probes else UNIT_VECTORS if norm else exact_divergence(field, own_times)
+    noise = [0, probes, 0] if probes else []
     rows = (name in regularizers for name in REGULARIZERS)
     tensors = [tensor for layer in field.layers for tensor in layer.parts()]
-    return mlp_solve_fits(x, probe, tensors, kind_of(field, kind, *rows), own_times)
+    return mlp_solve_fits(x, noise, tensors, kind_of(field, kind, *rows), own_times)
 
 
 class _Unsaid(Exception):
@@ -122,18 +120,26 @@ def _settings(problem: Problem, extras: bool = True) -> tuple[str, list[int], li
     """The ops' `method`, `kind` and `weights`; without extras if they are not wanted."""
     field, extras = problem.field, extras and problem.divergence
     divergence = NO_DIVERGENCE
-    if extras and problem.probe is not None:
+    if extras and problem.probes is not None:
         divergence = PROBES
     elif extras:
         # The closed form has the trace of the Jacobian alone, and so no norm of it.
         norm = "jacobian" in problem.regularizers
         divergence = UNIT_VECTORS if norm else exact_divergence(field, problem.per_sample)
     rows = (extras and name in problem.regularizers for name in REGULARIZERS)
-    kind = kind_of(field, divergence, *rows)
-    if problem.precision != "float32":
-        kind = [*kind, PRECISIONS.index(problem.precision)]
+    kind = kind_of(field, divergence, *rows, precision=problem.precision)
     weights = [problem.regularizers.get(name, 0.0) * problem.direction for name in REGULARIZERS]
     return problem.tableau.name, kind, [problem.sign, *weights]
+
+
+def _probes(
+    problem: Problem, extras: bool = True
+) -> tuple[Tensor | None, Tensor | None, list[int]]:
+    """The ops' `probe`, `keys` and `noise`; without extras if they are not wanted."""
+    probes = problem.probes if extras else None
+    if isinstance(probes, Noise):
+        return None, *probes.arguments()
+    return probes, None, []
 
 
 def _control(problem: Problem, backwards: bool = False) -> tuple[list[float], list[float]]:
@@ -177,9 +183,9 @@ class _Function(torch.autograd.Function):
 class _Discrete(_Function):
     """The solve and the exact gradient of the numbers that were computed.
 
-    Saved are the parameters, so that a change in place between forward and backward is an error and
-    no wrong gradient, and the tape. A gradient that is to be differentiated again goes through the
-    taped steps on the generic engine.
+    Saved are the parameters and what probes are drawn from, so that a change in place between
+    forward and backward is an error and no wrong gradient, and the tape. A gradient that is to be
+    differentiated again goes through the taped steps on the generic engine.
     """
 
     @staticmethod
@@ -196,19 +202,19 @@ class _Discrete(_Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.problem, ctx.tape, *tensors = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*_probes(ctx.problem)[:2], *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):
-        x, offset, start, end, *tensors = ctx.saved_tensors
+        _, _, x, offset, start, end, *tensors = ctx.saved_tensors
         problem = ctx.problem
         if torch.is_grad_enabled():
             return None, None, *_differentiable(ctx, cotangents)
         zbar, extrabars = filled(x, cotangents)
         needs_ends = ctx.needs_input_grad[4:6]
         arguments = (
-            zbar, torch.stack(extrabars) if extrabars else None, problem.probe, offset, tensors,
+            zbar, torch.stack(extrabars) if extrabars else None, *_probes(problem), offset, tensors,
             *ctx.tape.settings, *ctx.tape.parts, any(needs_ends),
         )  # fmt: skip
         if problem.per_sample:
@@ -247,7 +253,7 @@ class _Adjoint(_Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.problem, _, x, *others = inputs
-        ctx.save_for_backward(x, output[0], *others)
+        ctx.save_for_backward(*_probes(ctx.problem)[:2], x, output[0], *others)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -258,12 +264,12 @@ class _Adjoint(_Function):
                 f"the gradient of a solve with gradient={problem.gradient!r} cannot be "
                 "differentiated again (create_graph=True); use gradient='autograd' or 'discrete'"
             )
-        x, z, offset, _, _, *tensors = ctx.saved_tensors
+        _, _, x, z, offset, _, _, *tensors = ctx.saved_tensors
         zbar, extrabars = filled(z, cotangents)
         control, grid = _control(problem, backwards=True)
         arguments = (
             z, zbar, torch.stack(extrabars) if extrabars else None,
-            problem.probe if extrabars else None, offset, tensors,
+            *_probes(problem, bool(extrabars)), offset, tensors,
             *_settings(problem, bool(extrabars)), problem.end, problem.start, control,
         )  # fmt: skip
         if problem.per_sample:
@@ -301,7 +307,7 @@ def _run(
     """Solves forward and writes the stats: z, extras [E, B], and a tape unless keep_bytes < 0."""
     control, grid = _control(problem)
     arguments = (
-        x, problem.probe, offset, tensors, *settings, problem.start, problem.end, control,
+        x, *_probes(problem), offset, tensors, *settings, problem.start, problem.end, control,
     )  # fmt: skip
     if problem.per_sample:
         z, extras, report, *tape = mlp_samples(*arguments, keep_bytes >= 0)
@@ -347,7 +353,7 @@ def _steps(problem: Problem, times: Tensor) -> list[Step]:
 
 def _differentiable(ctx: Any, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradient by a solve's inputs as a differentiable function of everything."""
-    x, offset, start, end, *tensors = ctx.saved_tensors
+    _, _, x, offset, start, end, *tensors = ctx.saved_tensors
     problem = ctx.problem
     if problem.per_sample:
         tape = _rows_of_steps(*ctx.tape.parts)

@@ -8,6 +8,7 @@ from pycnf.nn.divergence import VectorField
 from pycnf.odeint.tableau import Tableau
 
 from .control import AdaptiveControl, FixedControl
+from .noise import Noise
 from .stats import SolveStats
 
 
@@ -23,7 +24,7 @@ class Problem:
         tableau, control: The method and its steps.
         start, end: Times; end < start goes backwards.
         divergence: Whether there are extras.
-        probe: [K, B, D], None for the exact divergence.
+        probes: [K, B, D], or where they come from; None for the exact divergence.
         sign: Of the divergence in ℓ, so that ℓ is the flow's logdet in either direction.
         regularizers: Weights of "kinetic" and "jacobian".
         per_sample: Every sample takes its own steps.
@@ -42,7 +43,7 @@ class Problem:
     start: float
     end: float
     divergence: bool
-    probe: Tensor | None
+    probes: Tensor | Noise | None
     sign: float
     regularizers: dict[str, float] = field(default_factory=dict)
     per_sample: bool = False
@@ -55,6 +56,11 @@ class Problem:
     @property
     def direction(self) -> float:
         return 1.0 if self.end > self.start else -1.0
+
+    @property
+    def probe(self) -> Tensor | None:
+        """The probes [K, B, D], None for the exact divergence."""
+        return self.probes.probe if isinstance(self.probes, Noise) else self.probes
 
     @property
     def extras(self) -> int:

@@ -10,6 +10,7 @@ from pycnf import _ops
 from .field_gradients import NO_DIVERGENCE, PROBES
 from .field_ops import exact_divergence, field_arguments, keeps, kind_of
 from .mlp import MLP
+from .precision import PRECISIONS
 
 
 class CompiledField:
@@ -22,10 +23,13 @@ class CompiledField:
         field: An `MLP` that `field_ops.serves` for these arguments.
         z: A state [B, D].
         context: [B, C], [C] or None.
+        precision: Of its products, in float32 on a GPU.
     """
 
-    def __init__(self, field: MLP, z: Tensor, context: Tensor | None) -> None:
-        self.field = field
+    def __init__(
+        self, field: MLP, z: Tensor, context: Tensor | None, precision: str = PRECISIONS[0]
+    ) -> None:
+        self.field, self.precision = field, precision
         self.offset, self.parameters, _ = field_arguments(field, z, context)
 
     def value(self, t: Tensor, z: Tensor) -> Tensor:
@@ -35,7 +39,7 @@ class CompiledField:
             z,
             self.offset,
             self.parameters,
-            kind_of(self.field, NO_DIVERGENCE),
+            self._kind(NO_DIVERGENCE),
             self._keeps(t, z),
         )[0]
 
@@ -45,8 +49,8 @@ class CompiledField:
         """f and its divergence [B]: by probes [K, B, D], or exact."""
         divergence = exact_divergence(self.field, t.dim() == 1) if probe is None else PROBES
         value, divergence, _ = _ops.mlp_value_divergence(
-            t, z, probe, self.offset, self.parameters, kind_of(self.field, divergence), None, 0, 0,
-            False, self._keeps(t, z, probe),
+            t, z, probe, self.offset, self.parameters, self._kind(divergence), None, 0, 0, False,
+            self._keeps(t, z, probe),
         )  # fmt: skip
         return value, divergence
 
@@ -56,10 +60,13 @@ class CompiledField:
             unit = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
             probe = unit.unsqueeze(1).expand(-1, *z.shape)
         value, images, _ = _ops.mlp_value_jvp(
-            t, z, probe, self.offset, self.parameters, kind_of(self.field, NO_DIVERGENCE),
+            t, z, probe, self.offset, self.parameters, self._kind(NO_DIVERGENCE),
             self._keeps(t, z, probe),
         )  # fmt: skip
         return value, images
+
+    def _kind(self, divergence: int) -> list[int]:
+        return kind_of(self.field, divergence, precision=self.precision)
 
     def _keeps(self, *tensors: Tensor | None) -> bool:
         return keeps(*tensors, self.offset, *self.parameters)

@@ -24,11 +24,13 @@ from pycnf import _ops
 from .activation import ACTIVATIONS
 from .layers import Given, Parts
 from .mlp import MLP
+from .precision import precision_of, products_of_torch
 from .tangents import push_forward, value_and_tangents
 
 # In the order of Divergence in csrc/torch/mlp_setup.h.
 NO_DIVERGENCE, PROBES, UNIT_VECTORS, CLOSED_FORM = range(4)
 _NAMES = tuple(ACTIVATIONS)
+_KINDS: dict[Any, int] = {}  # where `kind` is among an op's arguments
 
 
 # ---- any op's record -----------------------------------------------------------------------------
@@ -73,7 +75,8 @@ def _put_together(rest: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
 
 def _below(op: Any, keyset: Any, arguments: Sequence[Any]) -> Any:
     """The op itself, without a record."""
-    with torch._C._AutoDispatchBelowAutograd():
+    precision = precision_of(arguments[_KINDS[op]])
+    with torch._C._AutoDispatchBelowAutograd(), products_of_torch(precision):
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
 
@@ -127,6 +130,7 @@ def _differentiable(name: str, rule: Callable) -> None:
     op = getattr(_ops, name)
     listed = op._schema.returns[-1].type.kind() == "ListType"
     single = len(op._schema.returns) - 1
+    _KINDS[op] = [argument.name for argument in op._schema.arguments].index("kind")
 
     def run(keyset: Any, *arguments: Any) -> Any:
         rest, tensors = _take_apart(arguments)

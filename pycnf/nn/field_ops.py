@@ -11,6 +11,7 @@ from .activation import ACTIVATIONS
 from .closed_form import HIDDEN_LAYERS
 from .field_gradients import CLOSED_FORM, NO_DIVERGENCE, PROBES, UNIT_VECTORS
 from .mlp import MLP
+from .precision import PRECISIONS
 
 PLACES = {name: place for place, name in enumerate(ACTIVATIONS)}
 MOST_LAYERS = 16  # kMaxLayers in csrc/core/mlp.h
@@ -75,11 +76,16 @@ def field_arguments(
 
 
 def kind_of(
-    field: MLP, divergence: int, kinetic: bool = False, jacobian: bool = False
+    field: MLP,
+    divergence: int,
+    kinetic: bool = False,
+    jacobian: bool = False,
+    precision: str = PRECISIONS[0],
 ) -> list[int]:
     """The ops' `kind`."""
     time_features = 0 if field.time == "t" else field.time[1]
-    return [PLACES[field.activation.name], time_features, divergence, int(kinetic), int(jacobian)]
+    kind = [PLACES[field.activation.name], time_features, divergence, int(kinetic), int(jacobian)]
+    return kind if precision == PRECISIONS[0] else [*kind, PRECISIONS.index(precision)]
 
 
 def exact_divergence(field: MLP, own_times: bool) -> int:

@@ -1,0 +1,35 @@
+"""What the factors of products of matrices are rounded to, in float32 on a GPU."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+# In the order of Precision in csrc/core/mlp_solve.h.
+PRECISIONS = ("float32", "tf32", "3xtf32", "bf16")
+
+
+def precision_of(kind: Sequence[int]) -> str:
+    """That of the ops' `kind`."""
+    return PRECISIONS[kind[5]] if len(kind) > 5 else PRECISIONS[0]
+
+
+@contextmanager
+def products_of_torch(precision: str) -> Iterator[None]:
+    """While it is open, torch's products on a GPU are in TF32, if a precision is made of these.
+
+    The setting is torch's, and the whole process's.
+    """
+    if "tf32" not in precision:
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    # torch before 2.9 has an older setting, which later ones do not take beside the newer.
+    newer = getattr(settings, "fp32_precision", None) is not None
+    name, wanted = ("fp32_precision", "tf32") if newer else ("allow_tf32", True)
+    before = getattr(settings, name)
+    setattr(settings, name, wanted)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
