@@ -314,6 +314,21 @@ __device__ void through_layers(const Tile<T>& tile, const Pass& pass, const Prod
 
 // ---- the field ----------------------------------------------------------------------------------
 
+// Of two terms of every sample: body(i, s, first, second) adds those of i < count to two sums, and
+// done(s, first, second) takes them. Neighbouring threads share a sample.
+template <typename T, typename Body, typename Done>
+__device__ void sum_for_samples(int samples, int count, const Body& body, const Done& done) {
+  const int part = int(threadIdx.x) % kSharers;
+  for (int begin = 0; begin < samples; begin += int(blockDim.x) / kSharers) {
+    const int s = begin + int(threadIdx.x) / kSharers;
+    T first = T(0), second = T(0);
+    for (int i = part; s < samples && i < count; i += kSharers) body(i, s, first, second);
+    first = shared_sum<kSharers>(first);
+    second = shared_sum<kSharers>(second);
+    if (part == 0 && s < samples) done(s, first, second);
+  }
+}
+
 // Adds what a tangent gives to the sums of its samples: the divergence and the Jacobian's squares.
 // A sample's thread is always the same.
 template <typename T>
@@ -322,23 +337,29 @@ __device__ void add_divergence(const Tile<T>& tile, int k, Columns<T> p, Columns
   const auto& layout = tile.layout;
   const int samples = tile.samples(), last = tile.last();
   T* const sums = tile.at(layout.sums);
-  for_each_place(1, samples, [&](int, int s) {
-    T sum = T(0), squares = T(0);
-    if (solve.closed_form) {
-      for (int i = 0; i < tile.in(last); ++i) {
-        const T d = before.row(i)[samples + s];
-        sum += last == 1 ? d * tile.at(layout.mixed)[i] : d;
-      }
-    } else {
-      for (int d = 0; d < tile.features(); ++d) {
+  const auto take = [&](int s, T sum, T squares) {
+    sums[s] += sum * solve.probe_weight;
+    sums[samples + s] += squares * solve.probe_weight;
+  };
+  if (solve.closed_form) {
+    const T* const mixed = last == 1 ? tile.at(layout.mixed) : nullptr;
+    sum_for_samples<T>(
+        samples, tile.in(last),
+        [&](int i, int s, T& sum, T&) {
+          const T d = before.row(i)[samples + s];
+          sum += mixed != nullptr ? d * mixed[i] : d;
+        },
+        take);
+    return;
+  }
+  sum_for_samples<T>(
+      samples, tile.features(),
+      [&](int d, int s, T& sum, T& squares) {
         const T image = tile.timed(layout.gate[last], d, s) * p.row(d)[samples + s];
         sum += probe_at(tile, k, d, s) * image;
         squares += image * image;
-      }
-    }
-    sums[s] += sum * solve.probe_weight;
-    sums[samples + s] += squares * solve.probe_weight;
-  });
+      },
+      take);
 }
 
 // The rates k [rows, samples] of the state whose z [D, samples] is given, at the time that is set;
@@ -375,21 +396,20 @@ __device__ __noinline__ void evaluate(const Tile<T>& tile, bool with_divergence,
   }
   const int rows = int(extra_rows(solve));
   if (rows == 0) return;
-  for_each_place(1, samples, [&](int, int s) {
-    T squares = T(0);
-    for (int d = 0; solve.kinetic && d < features; ++d) {
-      const T f = rates[d * samples + s];
-      squares += f * f;
-    }
-    extras[s] = with_divergence ? sums[s] * solve.sign : T(0);
-    if (solve.kinetic) {
-      extras[samples + s] = with_divergence ? squares * solve.kinetic_weight : T(0);
-    }
-    if (solve.jacobian) {
-      extras[(rows - 1) * samples + s] =
-          with_divergence ? sums[samples + s] * solve.jacobian_weight : T(0);
-    }
-  });
+  sum_for_samples<T>(
+      samples, solve.kinetic && with_divergence ? features : 0,
+      [&](int d, int s, T& squares, T&) {
+        const T f = rates[d * samples + s];
+        squares += f * f;
+      },
+      [&](int s, T squares, T) {
+        extras[s] = with_divergence ? sums[s] * solve.sign : T(0);
+        if (solve.kinetic) extras[samples + s] = squares * solve.kinetic_weight;
+        if (solve.jacobian) {
+          extras[(rows - 1) * samples + s] =
+              with_divergence ? sums[samples + s] * solve.jacobian_weight : T(0);
+        }
+      });
   barrier();
 }
 
