@@ -2,6 +2,8 @@
 engine: results, steps and gradients, to rounding.
 """
 
+import math
+
 import fused_cases
 import pytest
 import test_cnf_fused
@@ -9,7 +11,7 @@ import torch
 from host_ops import DEVICE
 from test_cnf_fused import field_of, points
 
-from pycnf.flows import fused
+from pycnf.flows import SolveError, fused
 
 
 def moved(x, device):
@@ -44,11 +46,35 @@ def pair():
 
 
 class TestFused(fused_cases.FusedCases):
+    @pytest.mark.parametrize("steps", ["shared", "per-sample"])
     @pytest.mark.parametrize("batch", [1, 9, 200])
     @pytest.mark.parametrize("processors", [1, 3])
-    def test_processors(self, gpu, pair, batch, processors):
+    def test_processors(self, gpu, pair, batch, processors, steps):
+        """Blocks have tile after tile, lanes sample after sample, with more steps and fewer."""
         gpu.multiprocessors(processors)
-        self.same(pair(field_of(scale=2.0), rtol=1e-3, atol=1e-3), points(batch), seed=3)
+        x = points(batch) * torch.logspace(-2, 1, batch, dtype=torch.float64)[:, None]
+        self.same(pair(field_of(scale=2.0), rtol=1e-3, atol=1e-3, steps=steps), x, seed=3)
+
+    @pytest.mark.parametrize("method", ["bosh3", "fehlberg2"])
+    @pytest.mark.parametrize("divergence", ["hutchinson", "exact"])
+    def test_lanes_that_begin_again(self, gpu, pair, method, divergence):
+        """With a context, and the first step given or chosen."""
+        gpu.multiprocessors(1)
+        x, context = points(150) * torch.linspace(0.1, 4, 150)[:, None], points(150, 2, seed=5)
+        for options in (None, {"first_step": 0.2}):
+            flows = pair(
+                field_of(layer="concat", context=2), method=method, rtol=1e-2, atol=1e-2,
+                steps="per-sample", divergence=divergence, options=options,
+            )  # fmt: skip
+            self.same(flows, x, context, **({"seed": 3} if divergence == "hutchinson" else {}))
+
+    def test_samples_that_fail_at_once_leave_their_lanes(self, gpu, pair):
+        gpu.multiprocessors(1)
+        x = points(100)
+        x[::2] = math.nan
+        flow, _ = pair(field_of(), rtol=1e-2, atol=1e-2, steps="per-sample")
+        with pytest.raises(SolveError, match=r"not finite at the start of the solve.*sample 0"):
+            flow(x, seed=3)
 
     @pytest.mark.parametrize("seed", range(4))
     def test_whatever_the_order_of_threads(self, gpu, pair, seed):

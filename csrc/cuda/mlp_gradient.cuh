@@ -1,6 +1,8 @@
 // The exact gradient of a solve's accepted steps, in one launch: a block takes a tile of samples back
-// through all steps, then the next tile. Stages are computed again from the states of the tape. The
-// gradients of parameters add up in the block's own memory; cuda/mlp_gather.cu adds up the blocks.
+// through all steps, then the next tile; with steps of the samples' own, a lane takes a sample back,
+// then its next. Which samples a lane has is a matter of the grid alone, so that sums are the same
+// every time. Stages are computed again from the states of the tape. The gradients of parameters add
+// up in the block's own memory; cuda/mlp_gather.cu adds up the blocks.
 #pragma once
 
 #include "cuda/mlp_kernel.cuh"
@@ -18,8 +20,12 @@ struct TakenStep {
   Weights<T> weights;
   T h[kMostSamples];
   T times[kMostSamples][kMaxStages];
-  int64_t place[kMostSamples];  // on the tape, -1: the sample has no step left
-  int left;                     // whether any has
+  // With own steps.
+  int64_t place[kMostSamples];   // on the tape, -1 for no step
+  int64_t sample[kMostSamples];  // -1 for none
+  int turned[kMostSamples];      // whether the lane goes on to its next sample
+  int turns;                     // lanes that do
+  int left;                      // lanes that have a sample
 };
 
 // A block's part in a gradient.
@@ -45,20 +51,16 @@ class Gradient {
   }
 
   __device__ void run() {
-    for (int64_t index = blockIdx.x; index < p_.tile.tiles; index += gridDim.x) {
-      const Tile<T> tile = {solve(), p_.tile.noise, layout_, numbers_, p_.tile.batch, index};
-      make_keys(tile);
-      load_cotangents(tile);
-      for (int64_t n = p_.steps - 1; recall(tile, n); --n) reverse_step(tile);
-      const T* const z_bar = tile.at(layout_.z_bar);
-      for_each_place(tile.features(), tile.samples(), [&](int d, int s) {
-        if (!tile.counts(s)) return;
-        p_.x_bar[tile.sample(s) * tile.features() + d] = z_bar[d * tile.samples() + s];
-      });
-      barrier();
+    if (own()) {
+      go_back_by_lanes();
+    } else {
+      for (int64_t index = blockIdx.x; index < p_.tile.tiles; index += gridDim.x) {
+        go_back(tile_of(index, nullptr));
+      }
     }
     // Without a gate in the last layer M is the same at any time.
-    if (solve().closed_form && !mix_depends_on_time()) unmix(solve(), layout_, numbers_, sums_);
+    if (solve().closed_form && !mix_depends_on_time(solve()))
+      unmix(solve(), layout_, numbers_, sums_);
     if (layout_.gradient < 0) return;
     barrier();
     T* const out = p_.sums + blockIdx.x * int64_t(p_.places.numbers);
@@ -67,14 +69,15 @@ class Gradient {
 
  private:
   __device__ const MlpSolve<T>& solve() const { return p_.tile.solve; }
+  __device__ bool own() const { return p_.previous != nullptr; }
+
+  __device__ Tile<T> tile_of(int64_t index, const int64_t* lanes) const {
+    return {solve(), p_.tile.noise, layout_, numbers_, p_.tile.batch, index, lanes};
+  }
 
   __device__ T* of_block() const {
     if (layout_.gradient >= 0) return numbers_ + layout_.gradient;
     return p_.sums + blockIdx.x * int64_t(p_.places.numbers);
-  }
-
-  __device__ bool mix_depends_on_time() const {
-    return solve().field.layer[solve().field.layers - 1].gate_weight != nullptr;
   }
 
   __device__ int mixed_numbers() const {
@@ -93,59 +96,132 @@ class Gradient {
     return {scratch(first), int64_t(rows_) * layout_.samples, 0};
   }
 
-  __device__ void load_cotangents(const Tile<T>& tile) const {
+  // Calls body(s) for every sample of a tile, a thread each.
+  template <typename Body>
+  __device__ void for_each_sample(const Tile<T>& tile, const Body& body) const {
+    for_each_place(1, tile.samples(), [&](int, int s) { body(s); });
+  }
+
+  // Of the samples that `wanted` says. Those that have none have no part in a gradient.
+  template <typename Wanted>
+  __device__ void load_cotangents(const Tile<T>& tile, const Wanted& wanted) const {
     const int features = tile.features(), samples = tile.samples();
     T* const z_bar = tile.at(layout_.z_bar);
     T* const extras_bar = tile.at(layout_.extras_bar);
-    // The copies that fill up the last tile have no part in a gradient.
     for_each_place(features, samples, [&](int d, int s) {
+      if (!wanted(s)) return;
       z_bar[d * samples + s] = tile.counts(s) ? p_.z_bar[tile.sample(s) * features + d] : T(0);
     });
     for_each_place(rows_ - features, samples, [&](int row, int s) {
+      if (!wanted(s)) return;
       const bool has = p_.extras_bar != nullptr && tile.counts(s);
       extras_bar[row * samples + s] =
           has ? p_.extras_bar[row * p_.tile.batch + tile.sample(s)] : T(0);
     });
+  }
+
+  template <typename Wanted>
+  __device__ void store_gradients(const Tile<T>& tile, const Wanted& wanted) const {
+    const T* const z_bar = tile.at(layout_.z_bar);
+    for_each_place(tile.features(), tile.samples(), [&](int d, int s) {
+      if (!wanted(s) || !tile.counts(s)) return;
+      p_.x_bar[tile.sample(s) * tile.features() + d] = z_bar[d * tile.samples() + s];
+    });
+  }
+
+  __device__ void read_step(int s, const double* taken) const {
+    step_.h[s] = T(taken[1]);
+    for (int i = 0; i < tableau_.stages; ++i) {
+      const double c = tableau_.c[i];
+      step_.times[s][i] = T(c == 1 ? taken[2] : taken[0] + c * taken[1]);
+    }
+  }
+
+  // ---- steps that all samples share ---------------------------------------------------------------
+
+  __device__ void go_back(const Tile<T>& tile) const {
+    const auto all = [](int) { return true; };
+    for_each_sample(tile, [&](int s) { make_key(tile, s); });
+    load_cotangents(tile, all);
+    for (int64_t n = p_.steps - 1; n >= 0; --n) {
+      barrier();
+      if (threadIdx.x == 0) {
+        step_.place[0] = n;
+        read_step(0, p_.times + 3 * n);
+      }
+      barrier();
+      reverse_step(tile);
+    }
+    store_gradients(tile, all);
     barrier();
   }
 
-  // Reads the n-th step from the tape, or with own steps each sample's last that was not gone back
-  // yet; false where there is none. A sample without a step left takes one of size 0, whose gradient
-  // is 0.
-  __device__ bool recall(const Tile<T>& tile, int64_t n) const {
-    const bool own = p_.previous != nullptr;
+  // ---- steps of the samples' own ------------------------------------------------------------------
+
+  __device__ void go_back_by_lanes() const {
+    const Tile<T> tile = tile_of(0, step_.sample);
+    for_each_sample(tile, [&](int s) { step_.place[s] = step_.sample[s] = -1; });
+    bool first = true;
+    while (recall(tile, first)) {
+      reverse_step(tile);
+      first = false;
+    }
+  }
+
+  // A lane's samples are so far apart.
+  __device__ int64_t lanes() const { return int64_t(gridDim.x) * layout_.samples; }
+
+  // Reads each lane's step before the last that was gone back, or the last of its next sample; false
+  // where no lane has any. A lane without a sample takes a step of size 0, whose gradient is 0.
+  __device__ bool recall(const Tile<T>& tile, bool first) const {
     barrier();
-    if (threadIdx.x == 0) step_.left = own ? 0 : n >= 0;
+    if (threadIdx.x == 0) step_.turns = step_.left = 0;
     barrier();
-    for_each_place(1, own ? tile.samples() : 1, [&](int, int s) {
-      int64_t place = n;
-      if (own) {
-        const bool first = n == p_.steps - 1;
-        place = !tile.counts(s)       ? -1
-                : first               ? p_.newest[tile.sample(s)]
-                : step_.place[s] >= 0 ? p_.previous[step_.place[s]]
-                                      : -1;
-        if (place >= 0) step_.left = 1;
-      }
-      step_.place[s] = place;
-      const double* const taken = p_.times + (own ? 4 : 3) * place;
-      step_.h[s] = place >= 0 ? T(taken[1]) : T(0);
-      for (int i = 0; i < tableau_.stages; ++i) {
-        const double c = tableau_.c[i];
-        step_.times[s][i] = place >= 0 ? T(c == 1 ? taken[2] : taken[0] + c * taken[1]) : T(0);
-      }
+    for_each_sample(tile, [&](int s) {
+      int64_t& place = step_.place[s];
+      if (place >= 0) place = p_.previous[place];
+      step_.turned[s] = place < 0 && (first || tile.counts(s));
+      if (step_.turned[s]) atomicAdd(&step_.turns, 1);
+    });
+    barrier();
+    if (step_.turns > 0) turn(tile, first);
+    for_each_sample(tile, [&](int s) {
+      if (tile.counts(s)) atomicAdd(&step_.left, 1);
+      const double none[3] = {};
+      read_step(s, step_.place[s] >= 0 ? p_.times + 4 * step_.place[s] : none);
     });
     barrier();
     return step_.left != 0;
   }
 
-  __device__ T h(int s) const { return step_.h[p_.previous != nullptr ? s : 0]; }
+  // Goes on to lanes' next samples.
+  __device__ void turn(const Tile<T>& tile, bool first) const {
+    const auto turned = [&](int s) { return step_.turned[s] != 0; };
+    store_gradients(tile, turned);
+    barrier();
+    for_each_sample(tile, [&](int s) {
+      if (!turned(s)) return;
+      const int64_t next =
+          first ? int64_t(blockIdx.x) * layout_.samples + s : tile.sample(s) + lanes();
+      step_.sample[s] = next < p_.tile.batch ? next : -1;
+      if (next >= p_.tile.batch) return;
+      step_.place[s] = p_.newest[next];
+      make_key(tile, s);
+    });
+    if (threadIdx.x == 0) drop_probe(tile);
+    barrier();
+    load_cotangents(tile, turned);
+    barrier();
+  }
+
+  // ---- a step --------------------------------------------------------------------------------------
+
+  __device__ T h(int s) const { return step_.h[own() ? s : 0]; }
 
   // A row of the tape: the state at the start of a sample's step.
   __device__ T tape(const Tile<T>& tile, int d, int s) const {
-    const bool own = p_.previous != nullptr;
-    if (own && step_.place[s] < 0) return T(0);
-    const int64_t row = own ? step_.place[s] : step_.place[0] * p_.tile.batch + tile.sample(s);
+    if (own() && step_.place[s] < 0) return T(0);
+    const int64_t row = own() ? step_.place[s] : step_.place[0] * p_.tile.batch + tile.sample(s);
     return p_.states[row * tile.features() + d];
   }
 
@@ -203,9 +279,12 @@ class Gradient {
     const int tangents = with_divergence ? int(solve().tangents) : 0;
     const bool several = solve().tangents > 1;
     const T* const z = tile.at(layout_.z);
-    const RatesBar<T> bar = {
-        rate_bar, tile.at(layout_.extras_bar), with_divergence ? step_.weights.b[i] : T(0), step_.h,
-        samples,  p_.previous != nullptr};
+    const RatesBar<T> bar = {rate_bar,
+                             tile.at(layout_.extras_bar),
+                             with_divergence ? step_.weights.b[i] : T(0),
+                             step_.h,
+                             samples,
+                             own()};
     for (int l = 0; l < solve().field.layers; ++l) {
       for_each_place(1, tile.out(l) * layout_.timed, [&](int, int o) {
         tile.at(layout_.shift_sum[l])[o] = tile.at(layout_.product_sum[l])[o] = T(0);
@@ -222,7 +301,7 @@ class Gradient {
     const auto stage_bar =
         reverse_pass<kPrecision>(tile, {true, tangents > 0}, 0, z, bar, p_.context_bar, sums_);
     add_time_gradients(tile, sums_);
-    if (solve().closed_form && with_divergence && mix_depends_on_time()) {
+    if (solve().closed_form && with_divergence && mix_depends_on_time(solve())) {
       unmix(solve(), layout_, numbers_, sums_);
     }
     return stage_bar;

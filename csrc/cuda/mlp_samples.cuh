@@ -1,6 +1,7 @@
-// The fused engine's solve with steps of the samples' own, in one launch: a block takes a tile of
-// samples from start to end, then the next tile that nobody has begun. Blocks do not wait for each
-// other; within a tile the samples that have ended wait for the others.
+// The fused engine's solve with steps of the samples' own, in one launch. A lane of a block's tile
+// takes a sample from start to end, then one that nobody has begun. Neither blocks nor lanes wait for
+// each other, but for this: where a sample begins, which takes two evaluations, all lanes of the tile
+// take part in them, so some of those that have ended are waited for.
 
 #pragma once
 
@@ -17,9 +18,13 @@ struct Lanes {
   FlowAttempt attempt[kMostSamples];
   T times[kMostSamples][kMaxStages];
   T h[kMostSamples];
-  int64_t row[kMostSamples];  // of a sample's newest step on the tape, -1 for none
-  int64_t tile;
-  int running;  // samples that have not ended
+  int64_t row[kMostSamples];     // of a sample's newest step on the tape, -1 for none
+  int64_t sample[kMostSamples];  // -1 for none
+  int fresh[kMostSamples];       // whether the sample has yet to begin
+  int begun;                     // lanes whose sample is fresh
+  int running;                   // lanes whose sample has not ended
+  int ended;                     // lanes whose sample has ended, and still has them
+  int left;                      // whether there may be samples that nobody has begun
 };
 
 // A block's part in a solve.
@@ -36,22 +41,31 @@ class SampleSolver {
         in_norm_(rows_in_norm(p.tile.solve)) {
     load_method(tableau_, lanes_.weights);
     load_weights(solve(), layout_, numbers_);
+    for_each_place(1, layout_.samples, [&](int, int s) {
+      lanes_.sample[s] = -1;
+      lanes_.attempt[s] = attempt_at_start(p_.start, p_.end, 0);
+      lanes_.attempt[s].done = 1;
+    });
+    if (threadIdx.x == 0) lanes_.left = 1;
+    barrier();
   }
 
   __device__ void run() {
-    while (true) {
-      barrier();
-      if (threadIdx.x == 0) lanes_.tile = int64_t(atomicAdd(&p_.counts->tiles, 1ull));
-      barrier();
-      if (lanes_.tile >= p_.tile.tiles) break;
-      const Tile<T> tile = {solve(), p_.tile.noise, layout_, numbers_, p_.tile.batch, lanes_.tile};
-      begin(tile);
-      for (bool first = false; running(); first = !tableau_.solution_is_last_stage) {
-        attempt(tile, first ? 0 : 1);
-        for_each_lane(tile, [&](int s) { decide(s, error_norms(tile, s)); });
+    const Tile<T> tile = {solve(), p_.tile.noise, layout_, numbers_, p_.tile.batch,
+                          0,       lanes_.sample};
+    while (take_samples(tile)) {
+      while (go_on(tile)) {
+        attempt(tile);
+        norms_of_lanes(
+            tile, rows_,
+            [&](int row, int s, int i, TilePartial& sums) {
+              const T error = lanes_.h[s] * combined(k(), lanes_.weights.e, tableau_.stages, i);
+              const T scale = p_.atol + p_.rtol * larger_magnitude(y0()[i], y1()[i]);
+              add_square(solve(), row, error / scale, y1()[i], sums);
+            },
+            [&](int s, const TilePartial& error) { decide(s, error); });
         accept(tile);
       }
-      store(tile);
     }
     finish();
   }
@@ -69,12 +83,26 @@ class SampleSolver {
     return plan;
   }
 
-  // Calls body(s) for every sample, a thread each; ends with a barrier.
-  template <typename Body>
-  __device__ void for_each_lane(const Tile<T>& tile, const Body& body) const {
-    for_each_place(1, tile.samples(), [&](int, int s) {
-      if (tile.counts(s)) body(s);
-    });
+  __device__ bool has_ended(int s) const {
+    return lanes_.attempt[s].done != 0 || lanes_.attempt[s].failure != 0;
+  }
+
+  // Adds up terms of a lane's rows, body(row, s, its number, sums), for done(s, sums); ends with a
+  // barrier. Neighbouring threads share a lane.
+  template <typename Body, typename Done>
+  __device__ void norms_of_lanes(const Tile<T>& tile, int rows, const Body& body,
+                                 const Done& done) const {
+    const int samples = tile.samples(), part = int(threadIdx.x) % kSharers;
+    for (int begin = 0; begin < samples; begin += int(blockDim.x) / kSharers) {
+      const int s = begin + int(threadIdx.x) / kSharers;
+      TilePartial sums = {};
+      for (int row = part; s < samples && row < rows; row += kSharers) {
+        body(row, s, row * samples + s, sums);
+      }
+      sums = {shared_sum<kSharers>(sums.z), shared_sum<kSharers>(sums.logdet),
+              shared_sum<kSharers>(sums.state), shared_sum<kSharers>(sums.nonfinite)};
+      if (part == 0 && s < samples && tile.counts(s)) done(s, sums);
+    }
     barrier();
   }
 
@@ -91,66 +119,111 @@ class SampleSolver {
     pycnf::set_time(solve(), layout_, numbers_, lanes_.times[0] + i, kMaxStages);
   }
 
-  // Everybody looks before anybody goes on and writes.
-  __device__ bool running() const {
-    const bool on = lanes_.running > 0;
-    barrier();
-    return on;
-  }
+  // ---- samples begin ------------------------------------------------------------------------------
 
-  // The state at the start, its derivative, and the size of the first step.
-  __device__ void begin(const Tile<T>& tile) const {
-    const int features = tile.features(), samples = tile.samples();
-    make_keys(tile);
-    T* const y = y0();
-    for_each_place(rows_, samples, [&](int row, int s) {
-      y[row * samples + s] = row < features ? p_.x[tile.sample(s) * features + row] : T(0);
-    });
-    for_each_place(1, samples, [&](int, int s) {
-      FlowAttempt& a = lanes_.attempt[s];
-      a = attempt_at_start(p_.start, p_.end, p_.rule.control.first_step);
-      // Copies of the last sample have nothing to do.
-      a.done = tile.counts(s) ? 0 : 1;
+  // Hands lanes whose sample has ended to samples that nobody has begun, and begins with these; false
+  // where there is nothing left to do. Ends with a barrier.
+  __device__ bool take_samples(const Tile<T>& tile) const {
+    store(tile);
+    const bool left = lanes_.left != 0;
+    barrier();
+    if (threadIdx.x == 0) lanes_.begun = 0;
+    barrier();
+    for_each_place(1, tile.samples(), [&](int, int s) {
+      lanes_.fresh[s] = 0;
+      if (!has_ended(s)) return;
+      const int64_t next = left ? int64_t(atomicAdd(&p_.counts->samples, 1ull)) : p_.tile.batch;
+      lanes_.sample[s] = next < p_.tile.batch ? next : -1;
+      if (next >= p_.tile.batch) {
+        lanes_.left = 0;
+        return;
+      }
+      lanes_.fresh[s] = 1;
+      atomicAdd(&lanes_.begun, 1);
+      lanes_.attempt[s] = attempt_at_start(p_.start, p_.end, p_.rule.control.first_step);
       for (int i = 0; i < tableau_.stages; ++i) lanes_.times[s][i] = T(p_.start);
       lanes_.h[s] = T(0);
       lanes_.row[s] = -1;
+      make_key(tile, s);
     });
-    if (threadIdx.x == 0) lanes_.running = 0;
+    if (threadIdx.x == 0) drop_probe(tile);
+    barrier();
+    if (lanes_.begun > 0) begin(tile);
+    return count(tile) + lanes_.ended > 0;
+  }
+
+  // The fresh samples' state at the start, its derivative, and the size of their first step. What the
+  // others have in y0 and in the first stage stays.
+  __device__ void begin(const Tile<T>& tile) const {
+    const int features = tile.features(), samples = tile.samples();
+    for_each_place(rows_, samples, [&](int row, int s) {
+      if (lanes_.fresh[s] == 0) return;
+      y0()[row * samples + s] = row < features ? p_.x[tile.sample(s) * features + row] : T(0);
+    });
     barrier();
     set_time(0);
-    evaluate_stage(tile, 0);
-    for_each_lane(tile, [&](int s) {
-      FlowAttempt& a = lanes_.attempt[s];
-      const TilePartial state = start_norms(s, y0()), slope = start_norms(s, k().row(0));
-      a.finite = state.nonfinite + slope.nonfinite == 0 ? 1 : 0;
-      if (adaptive_first_step()) begin_flow(plan(s), norm(state), norm(slope));
+    evaluate_stage(tile, 0, y1());
+    for_each_place(rows_, samples, [&](int row, int s) {
+      const int i = row * samples + s;
+      if (lanes_.fresh[s] != 0) k().row(0)[i] = y1()[i];
     });
+    barrier();
+    const auto square = [&](const T* of, int row, int i, TilePartial& sums) {
+      const T scale = p_.atol + p_.rtol * magnitude(y0()[i]);
+      add_square(solve(), row, of[i] / scale, of[i], sums);
+    };
+    norms_of_lanes(
+        tile, rows_,
+        [&](int row, int, int i, TilePartial& sums) {
+          TilePartial state = {};
+          square(y0(), row, i, state);
+          sums.state += state.z;  // ℓ is zero
+          sums.nonfinite += state.nonfinite;
+          square(k().row(0), row, i, sums);
+        },
+        [&](int s, const TilePartial& sums) {
+          if (lanes_.fresh[s] == 0) return;
+          lanes_.attempt[s].finite = sums.nonfinite == 0 ? 1 : 0;
+          if (adaptive_first_step()) begin_flow(plan(s), norm(sums.state, 0), norm(sums));
+        });
     if (adaptive_first_step()) {
       set_time(0);
-      trial(tile);
+      const T euler[1] = {T(1)};
+      stage_state(tile, euler, 1);
+      evaluate<kPrecision>(tile, solve().tangents > 0, tile.at(layout_.z), k().row(1));
     }
-    for_each_lane(tile, [&](int s) {
-      double difference = 0;
-      if (adaptive_first_step()) {
-        const TilePartial changed = change_norms(s);
-        difference = changed.nonfinite == 0 ? norm(changed) : double(INFINITY);
-      }
-      choose_first_step(plan(s), adaptive_first_step() ? &difference : nullptr);
-      count(s);
+    norms_of_lanes(
+        tile, adaptive_first_step() ? in_norm_ : 0,
+        [&](int row, int, int i, TilePartial& sums) {
+          const T change = k().row(1)[i] - k().row(0)[i];
+          add_square(solve(), row, change / (p_.atol + p_.rtol * magnitude(y0()[i])), change, sums);
+        },
+        [&](int s, const TilePartial& changed) {
+          if (lanes_.fresh[s] == 0) return;
+          const double difference = changed.nonfinite == 0 ? norm(changed) : double(INFINITY);
+          choose_first_step(plan(s), adaptive_first_step() ? &difference : nullptr);
+        });
+  }
+
+  // How many lanes' samples have not ended. Begins and ends with a barrier.
+  __device__ int count(const Tile<T>& tile) const {
+    barrier();
+    if (threadIdx.x == 0) lanes_.running = lanes_.ended = 0;
+    barrier();
+    for_each_place(1, tile.samples(), [&](int, int s) {
+      if (tile.counts(s)) atomicAdd(has_ended(s) ? &lanes_.ended : &lanes_.running, 1);
     });
+    barrier();
+    return lanes_.running;
   }
 
-  // Counts those that have not ended.
-  __device__ void count(int s) const {
-    const FlowAttempt& a = lanes_.attempt[s];
-    if (a.done == 0 && a.failure == 0) atomicAdd(&lanes_.running, 1);
+  // Until a quarter of the lanes waits for samples that there may be.
+  __device__ bool go_on(const Tile<T>& tile) const {
+    if (count(tile) == 0) return false;
+    return lanes_.left == 0 || 4 * lanes_.ended < tile.samples();
   }
 
-  __device__ void trial(const Tile<T>& tile) const {
-    const T euler[1] = {T(1)};
-    stage_state(tile, euler, 1);
-    evaluate<kPrecision>(tile, solve().tangents > 0, tile.at(layout_.z), k().row(1));
-  }
+  // ---- steps --------------------------------------------------------------------------------------
 
   // The state z that a stage is evaluated at.
   __device__ void stage_state(const Tile<T>& tile, const T* weights, int count) const {
@@ -164,17 +237,16 @@ class SampleSolver {
     });
   }
 
-  __device__ void evaluate_stage(const Tile<T>& tile, int i) const {
+  __device__ void evaluate_stage(const Tile<T>& tile, int i, T* rates) const {
     stage_state(tile, lanes_.weights.a[i], i);
-    evaluate<kPrecision>(tile, needs_divergence(solve(), tableau_, i), tile.at(layout_.z),
-                         k().row(i));
+    evaluate<kPrecision>(tile, needs_divergence(solve(), tableau_, i), tile.at(layout_.z), rates);
   }
 
-  // The stages from `first` on, and the solution.
-  __device__ void attempt(const Tile<T>& tile, int first) const {
-    for (int i = first; i < tableau_.stages; ++i) {
+  // All stages but a first one that there is, and the solution.
+  __device__ void attempt(const Tile<T>& tile) const {
+    for (int i = tableau_.solution_is_last_stage ? 1 : 0; i < tableau_.stages; ++i) {
       set_time(i);
-      evaluate_stage(tile, i);
+      evaluate_stage(tile, i, k().row(i));
     }
     const int samples = tile.samples();
     const auto slopes = k();
@@ -184,57 +256,18 @@ class SampleSolver {
       const int i = row * samples + s;
       next[i] = y[i] + lanes_.h[s] * combined(slopes, lanes_.weights.b, tableau_.stages, i);
     });
-    if (threadIdx.x == 0) lanes_.running = 0;
     barrier();
   }
 
   // Of one sample.
-  __device__ double norm(const TilePartial& sums) const {
-    return norm_of(solve(), sums.z, sums.logdet, 1);
-  }
-
-  // Of the state, or of its derivative.
-  __device__ TilePartial start_norms(int s, const T* of) const {
-    TilePartial sums = {};
-    for (int row = 0; row < rows_; ++row) {
-      const int i = row * layout_.samples + s;
-      add_square(solve(), row, of[i] / (p_.atol + p_.rtol * magnitude(y0()[i])), of[i], sums);
-    }
-    return sums;
-  }
-
-  __device__ TilePartial change_norms(int s) const {
-    TilePartial sums = {};
-    for (int row = 0; row < in_norm_; ++row) {
-      const int i = row * layout_.samples + s;
-      const T change = k().row(1)[i] - k().row(0)[i];
-      add_square(solve(), row, change / (p_.atol + p_.rtol * magnitude(y0()[i])), change, sums);
-    }
-    return sums;
-  }
-
-  __device__ TilePartial error_norms(const Tile<T>& tile, int s) const {
-    TilePartial sums = {};
-    const auto slopes = k();
-    for (int row = 0; row < rows_; ++row) {
-      const int i = row * tile.samples() + s;
-      const T error = lanes_.h[s] * combined(slopes, lanes_.weights.e, tableau_.stages, i);
-      const T scale = p_.atol + p_.rtol * larger_magnitude(y0()[i], y1()[i]);
-      add_square(solve(), row, error / scale, y1()[i], sums);
-    }
-    return sums;
-  }
+  __device__ double norm(double z, double logdet) const { return norm_of(solve(), z, logdet, 1); }
+  __device__ double norm(const TilePartial& sums) const { return norm(sums.z, sums.logdet); }
 
   __device__ void decide(int s, const TilePartial& error) const {
     FlowAttempt& a = lanes_.attempt[s];
-    if (a.done != 0 || a.failure != 0) {
-      a.accepted_now = 0;
-      return;
-    }
     const FlowAttempt taken = a;
     decide_step(plan(s), norm(error), error.nonfinite == 0);
     if (a.accepted_now != 0 && p_.times != nullptr) remember(s, taken);
-    count(s);
   }
 
   // Rows of the tape are taken as samples come; each tells the one before it.
@@ -260,7 +293,7 @@ class SampleSolver {
     T* const first = slopes.row(0);
     const T* const last = slopes.row(tableau_.stages - 1);
     for_each_place(rows_, samples, [&](int row, int s) {
-      if (lanes_.attempt[s].accepted_now == 0) return;
+      if (!tile.counts(s) || lanes_.attempt[s].accepted_now == 0) return;
       const int i = row * samples + s;
       const int64_t of_tape = lanes_.row[s];
       if (p_.states != nullptr && row < features && of_tape < p_.capacity) {
@@ -272,18 +305,20 @@ class SampleSolver {
     barrier();
   }
 
+  // Of the samples that have ended.
   __device__ void store(const Tile<T>& tile) const {
     const int features = tile.features(), samples = tile.samples();
     const T* const y = y0();
     for_each_place(rows_, samples, [&](int row, int s) {
-      if (!tile.counts(s)) return;
+      if (!tile.counts(s) || !has_ended(s)) return;
       if (row < features) {
         p_.z[tile.sample(s) * features + row] = y[row * samples + s];
       } else {
         p_.extras[(row - features) * p_.tile.batch + tile.sample(s)] = y[row * samples + s];
       }
     });
-    for_each_lane(tile, [&](int s) {
+    for_each_place(1, samples, [&](int, int s) {
+      if (!tile.counts(s) || !has_ended(s)) return;
       const FlowAttempt& a = lanes_.attempt[s];
       using Count = unsigned long long;
       Count evaluations = 1 + Count(adaptive_first_step()) +

@@ -62,7 +62,7 @@ class Solver {
     load_method(tableau_, control_.weights);
     load_weights(solve(), layout_, numbers_);
     for_each_tile([&](const Tile<T>& tile) {
-      make_keys(tile);
+      for_each_place(1, tile.samples(), [&](int, int s) { make_key(tile, s); });
       T* const y = state(0, tile.index);
       for_each_place(rows_, layout_.samples, [&](int row, int s) {
         const int features = tile.features();
@@ -157,7 +157,7 @@ class Solver {
   template <typename Body>
   __device__ void for_each_tile(const Body& body) const {
     for (int64_t index = blockIdx.x; index < p_.tile.tiles; index += gridDim.x) {
-      body(Tile<T>{solve(), p_.tile.noise, layout_, numbers_, p_.tile.batch, index});
+      body(Tile<T>{solve(), p_.tile.noise, layout_, numbers_, p_.tile.batch, index, nullptr});
     }
   }
 

@@ -68,9 +68,9 @@ struct MlpSolveParams {
 
 // What the blocks of a solve with own steps count together; zeros before the launch.
 struct SampleCounts {
-  unsigned long long tiles;   // begun
-  unsigned long long blocks;  // that have ended
-  unsigned long long rows;    // of the tape that were asked for
+  unsigned long long samples;  // begun, or one more for each that there was none for
+  unsigned long long blocks;   // that have ended
+  unsigned long long rows;     // of the tape that were asked for
   // Of the sample that has most.
   unsigned long long accepted;
   unsigned long long rejected;

@@ -18,6 +18,7 @@ struct Tile {
   T* shared;
   int64_t batch;
   int64_t index;
+  const int64_t* lanes;  // the sample of each column, -1 for none; null: the index-th so many
 
   __device__ T* at(int place) const { return shared + place; }
   __device__ Columns<T> columns(int place) const { return {shared + place, layout.stride}; }
@@ -30,12 +31,15 @@ struct Tile {
   __device__ int last() const { return solve.field.layers - 1; }
   __device__ int out(int l) const { return int(solve.field.layer[l].out); }
   __device__ int in(int l) const { return int(solve.field.layer[l].in); }
-  // Copies of the last sample fill up the last tile.
+  // Columns that have no sample have copies of one, which do not count.
   __device__ int64_t sample(int s) const {
+    if (lanes != nullptr) return lanes[s] < 0 ? 0 : lanes[s];
     const int64_t b = index * layout.samples + s;
     return b < batch ? b : batch - 1;
   }
-  __device__ bool counts(int s) const { return index * layout.samples + s < batch; }
+  __device__ bool counts(int s) const {
+    return lanes != nullptr ? lanes[s] >= 0 : index * layout.samples + s < batch;
+  }
 };
 
 // Calls body(i, j) for all i < rows, j < width, neighbouring threads with neighbouring j.
@@ -75,29 +79,10 @@ __device__ inline int64_t* probe_held(const TileLayout& layout, T* shared) {
 
 // ---- what all tiles share -----------------------------------------------------------------------
 
+// Whether the closed form's M is another one at another time.
 template <typename T>
-__device__ void load_weights(const MlpSolve<T>& solve, const TileLayout& layout, T* shared) {
-  for (int l = 0; l < solve.field.layers; ++l) {
-    const auto& layer = solve.field.layer[l];
-    const int in = int(layer.in), out = int(layer.out), stride = layout.weight_stride[l];
-    T* const weight = shared + layout.weight[l];
-    for_each_place(out, in, [&](int o, int i) {
-      weight[i * stride + o] = layer.weight[o * layer.weight_stride + i];
-    });
-    for_each_place(in, stride - out, [&](int i, int o) { weight[i * stride + out + o] = T(0); });
-  }
-  if (solve.drawn && threadIdx.x == 0) *probe_held(layout, shared) = -1;
-}
-
-// Σ_f weight[f, o] τ_f + bias_o, features `width` apart.
-template <typename T>
-__device__ inline T linear_in_time(const T* weight, const T* bias, const T* tau, int features,
-                                   int width, int out, int o) {
-  T sum = bias != nullptr ? bias[o] : T(0);
-  for (int f = 0; weight != nullptr && f < features; ++f) {
-    sum += weight[f * out + o] * tau[f * width];
-  }
-  return sum;
+__device__ inline bool mix_depends_on_time(const MlpSolve<T>& solve) {
+  return solve.field.layer[solve.field.layers - 1].gate_weight != nullptr;
 }
 
 // M and, if wanted, N of core/mlp.h at the time of the gates; see cpu/mlp_trace.h.
@@ -107,12 +92,13 @@ __device__ void mix(const MlpSolve<T>& solve, const TileLayout& layout, T* share
   const int last = field.layers - 1, features = int(field.features);
   const T* first = shared + layout.weight[0];      // [D, first_stride]
   const T* behind = shared + layout.weight[last];  // [in, last_stride]
-  const T* gate = shared + layout.gate[last];
+  const T* gate = mix_depends_on_time(solve) ? shared + layout.gate[last] : nullptr;
   const int first_stride = layout.weight_stride[0], last_stride = layout.weight_stride[last];
   const auto trace = [&](int j, int i) {
     T sum = T(0);
     for (int d = 0; d < features; ++d) {
-      sum += first[d * first_stride + j] * gate[d * layout.timed] * behind[i * last_stride + d];
+      const T s = gate != nullptr ? gate[d * layout.timed] : T(1);
+      sum += first[d * first_stride + j] * s * behind[i * last_stride + d];
     }
     return sum;
   };
@@ -128,6 +114,35 @@ __device__ void mix(const MlpSolve<T>& solve, const TileLayout& layout, T* share
     if (layout.unmixed >= 0) shared[layout.unmixed + place] = n;
     shared[layout.mixed + place] = shared[layout.weight[1] + place] * n;
   });
+}
+
+// What stays the same over a solve: weights, and M where no gate changes it.
+template <typename T>
+__device__ void load_weights(const MlpSolve<T>& solve, const TileLayout& layout, T* shared) {
+  for (int l = 0; l < solve.field.layers; ++l) {
+    const auto& layer = solve.field.layer[l];
+    const int in = int(layer.in), out = int(layer.out), stride = layout.weight_stride[l];
+    T* const weight = shared + layout.weight[l];
+    for_each_place(out, in, [&](int o, int i) {
+      weight[i * stride + o] = layer.weight[o * layer.weight_stride + i];
+    });
+    for_each_place(in, stride - out, [&](int i, int o) { weight[i * stride + out + o] = T(0); });
+  }
+  if (solve.drawn && threadIdx.x == 0) *probe_held(layout, shared) = -1;
+  if (!solve.closed_form || mix_depends_on_time(solve)) return;
+  barrier();
+  mix(solve, layout, shared);
+}
+
+// Σ_f weight[f, o] τ_f + bias_o, features `width` apart.
+template <typename T>
+__device__ inline T linear_in_time(const T* weight, const T* bias, const T* tau, int features,
+                                   int width, int out, int o) {
+  T sum = bias != nullptr ? bias[o] : T(0);
+  for (int f = 0; weight != nullptr && f < features; ++f) {
+    sum += weight[f * out + o] * tau[f * width];
+  }
+  return sum;
 }
 
 // The network at a time, or at times of the samples' own, `times[s * stride]`. The caller has put a
@@ -163,7 +178,7 @@ __device__ void set_time(const MlpSolve<T>& solve, const TileLayout& layout, T* 
       shared[layout.shift[l] + o * width + s] = shift;
     });
   }
-  if (!solve.closed_form) return;
+  if (!solve.closed_form || !mix_depends_on_time(solve)) return;
   barrier();
   mix(solve, layout, shared);
 }
@@ -179,17 +194,19 @@ struct Pass {
   __device__ int count(int samples) const { return (int(values) + int(tangents)) * samples; }
 };
 
-// Makes the keys of a tile's samples, where they are hashes.
+// Makes the key of a sample, where it is a hash.
 template <typename T>
-__device__ void make_keys(const Tile<T>& tile) {
+__device__ void make_key(const Tile<T>& tile, int s) {
   const auto& noise = tile.noise;
-  if (!tile.solve.drawn || noise.rows == nullptr) return;
-  const int features = tile.features();
-  for_each_place(1, tile.samples(), [&](int, int s) {
-    if (!tile.counts(s)) return;
-    const int64_t b = tile.sample(s);
-    noise.keys[b] = int64_t(hash_row(noise.rows + b * features, features));
-  });
+  if (!tile.solve.drawn || noise.rows == nullptr || !tile.counts(s)) return;
+  const int64_t b = tile.sample(s), features = tile.features();
+  noise.keys[b] = int64_t(hash_row(noise.rows + b * features, features));
+}
+
+// Where columns have other samples than before, probes that are held are no longer theirs.
+template <typename T>
+__device__ void drop_probe(const Tile<T>& tile) {
+  if (tile.solve.drawn) *probe_held(tile.layout, tile.shared) = -1;
 }
 
 // Sees to it that the k-th tangent's probes are in shared memory, if they are drawn. Begins, and

@@ -49,12 +49,13 @@ Solution samples_cuda(const DeviceSetup<T>& setup, const at::Tensor& x, double s
   p.rtol = T(control.rtol);
   p.atol = T(control.atol);
   p.report = on_device(report);
+  const at::Tensor counts = at::empty({int64_t(sizeof(SampleCounts) / sizeof(int64_t))}, whole);
+  p.counts = reinterpret_cast<SampleCounts*>(counts.template mutable_data_ptr<int64_t>());
   at::Tensor times, states, previous, newest;
   int64_t capacity = kFirstRows * batch;
   while (true) {
     // Zeros every time: blocks count in it.
-    const at::Tensor counts = at::zeros({int64_t(sizeof(SampleCounts) / sizeof(int64_t))}, whole);
-    p.counts = reinterpret_cast<SampleCounts*>(counts.template mutable_data_ptr<int64_t>());
+    C10_CUDA_CHECK(cudaMemsetAsync(p.counts, 0, sizeof(SampleCounts), stream));
     if (taped) {
       times = setup.doubles({capacity, 4});
       states = setup.empty({capacity, features});

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 
 struct uint3 {
   unsigned x, y, z;
@@ -79,6 +80,11 @@ enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
 // Nothing is captured, and a launch is over when it returns.
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t count, cudaStream_t) {
+  std::memset(memory, value, count);
   return cudaSuccess;
 }
 
