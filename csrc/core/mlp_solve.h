@@ -39,6 +39,12 @@ struct MlpSolve {
   Precision precision;   // of the products
 };
 
+// Whether tangents are probes, and not unit vectors or the closed form's.
+template <typename T>
+PYCNF_HD bool has_probes(const MlpSolve<T>& solve) {
+  return solve.drawn || solve.probe != nullptr;
+}
+
 template <typename T>
 PYCNF_HD int64_t extra_rows(const MlpSolve<T>& solve) {
   return solve.tangents > 0 ? 1 + (solve.kinetic ? 1 : 0) + (solve.jacobian ? 1 : 0) : 0;

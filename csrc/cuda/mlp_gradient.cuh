@@ -253,7 +253,7 @@ class Gradient {
     for (int i = 0; i + 1 < used_; ++i) {
       set_time(i);
       stage_state(tile, k, i);
-      evaluate<kPrecision>(tile, false, tile.at(layout_.z), k.row(i));
+      evaluate<kPrecision>(tile, false, k.row(i));
     }
     for (int i = used_ - 1; i >= 0; --i) {
       set_time(i);
@@ -278,7 +278,6 @@ class Gradient {
     const bool with_divergence = solve().tangents > 0 && tableau_.b[i] != 0;
     const int tangents = with_divergence ? int(solve().tangents) : 0;
     const bool several = solve().tangents > 1;
-    const T* const z = tile.at(layout_.z);
     const RatesBar<T> bar = {rate_bar,
                              tile.at(layout_.extras_bar),
                              with_divergence ? step_.weights.b[i] : T(0),
@@ -293,13 +292,13 @@ class Gradient {
       for_each_place(1, tile.out(l) * samples,
                      [&](int, int place) { tile.at(layout_.curved[l])[place] = T(0); });
     }
-    go_through(tile, {true, tangents > 0 && !several}, 0, z);
+    go_through(tile, {true, tangents > 0 && !several}, 0);
     for (int k = tangents - 1; several && k >= 0; --k) {
-      go_through(tile, {false, true}, k, z);
-      if (k > 0) reverse_pass<kPrecision, T>(tile, {false, true}, k, z, bar, nullptr, sums_);
+      go_through(tile, {false, true}, k);
+      if (k > 0) reverse_pass<kPrecision, T>(tile, {false, true}, k, bar, nullptr, sums_);
     }
     const auto stage_bar =
-        reverse_pass<kPrecision>(tile, {true, tangents > 0}, 0, z, bar, p_.context_bar, sums_);
+        reverse_pass<kPrecision>(tile, {true, tangents > 0}, 0, bar, p_.context_bar, sums_);
     add_time_gradients(tile, sums_);
     if (solve().closed_form && with_divergence && mix_depends_on_time(solve())) {
       unmix(solve(), layout_, numbers_, sums_);
@@ -308,10 +307,10 @@ class Gradient {
   }
 
   // Leaves the products of all layers.
-  __device__ void go_through(const Tile<T>& tile, const Pass& pass, int k, const T* z) const {
+  __device__ void go_through(const Tile<T>& tile, const Pass& pass, int k) const {
     const auto x = tile.columns(layout_.x[0]);
     barrier();
-    load_inputs(tile, pass, z, k, x);
+    load_inputs(tile, pass, k, x);
     barrier();
     through_layers<kPrecision>(
         tile, pass, [&](int l) { return tile.columns(layout_.product[l]); },

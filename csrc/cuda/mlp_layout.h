@@ -18,7 +18,8 @@ namespace pycnf {
 
 // Offsets in numbers of the solve's dtype, -1 for what there is none of.
 struct TileLayout {
-  int samples;  // of a tile; a power of two
+  int samples;      // of a tile; a power of two
+  int group_shift;  // log2 of how many groups of 16 bytes they are
   int stride;
   int weight[kMaxLayers];
   int weight_stride[kMaxLayers];
@@ -31,8 +32,8 @@ struct TileLayout {
   int slope[kMaxLayers];  // s∘φ' [out, samples] of hidden layers, where there are several tangents
   int sums;               // [2, samples]: of the divergence, and of the Jacobian's squares
   int z;                  // [D, samples]: a state
-  int probe;              // [D, samples]: of one tangent, where probes are drawn
-  int held;               // which: a number of 64 bits
+  int probe;              // [D, samples]: probes of one tangent, where they are not unit vectors
+  int held;               // of which: a number of 64 bits
   // Of the gradient only.
   int unmixed;                  // Nᵀ, like M
   int mixed_bar;                // the cotangent of M
@@ -110,6 +111,7 @@ TileLayout tile_layout(const MlpSolve<T>& solve, int samples, bool with_gradient
   int64_t widest = field.features;
   for (int l = 0; l < field.layers; ++l) widest = std::max(widest, field.layer[l].out);
   layout.samples = samples;
+  while (kGroup << layout.group_shift < samples) ++layout.group_shift;
   layout.timed = solve.own_times ? samples : 1;
   layout.stride = row_stride<T>(solve.tangents > 0 ? 2 * samples : samples);
   for (int l = 0; l < field.layers; ++l) {
@@ -136,8 +138,8 @@ TileLayout tile_layout(const MlpSolve<T>& solve, int samples, bool with_gradient
   for (int& u : layout.u) u = take(widest * layout.stride, with_gradient);
   layout.sums = take(2 * samples);
   layout.z = take(field.features * samples);
-  layout.probe = take(field.features * samples, solve.drawn);
-  layout.held = take(8 / sizeof(T), solve.drawn);
+  layout.probe = take(field.features * samples, has_probes(solve));
+  layout.held = take(8 / sizeof(T), has_probes(solve));
   layout.z_bar = take(field.features * samples, with_gradient);
   layout.extras_bar = take(extra_rows(solve) * samples, with_gradient);
   layout.gradient = take(gradient_places(field).numbers, with_gradient && sums_in_shared);

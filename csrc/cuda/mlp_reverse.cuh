@@ -44,32 +44,48 @@ __device__ inline T jacobian_bar(const Tile<T>& tile, const RatesBar<T>& bar, in
   return tile.solve.jacobian_weight * bar.extra(tile.solve.kinetic ? 2 : 1, s);
 }
 
-// Adds up two terms of every place over a row's samples: body(o, s, first, second) for o < rows,
-// sums to first_sum[o] and second_sum[o]; or adds them to [o, s] where `timed` is not 1. Neighbouring
-// lanes of a warp have a row's samples.
+template <typename T>
+__device__ inline T sum_of(const Wide<T>& group) {
+  T sum = T(0);
+#pragma unroll
+  for (int e = 0; e < kFull<T>; ++e) sum += group.value[e];
+  return sum;
+}
+
+template <typename T>
+__device__ inline void add_group(T* to, const Wide<T>& group) {
+  Wide<T> sum = fetch_group(to);
+#pragma unroll
+  for (int e = 0; e < kFull<T>; ++e) sum.value[e] += group.value[e];
+  store(to, sum);
+}
+
+// Adds up two terms over a row's samples: body(o, s, first, second) has those of a group of samples of
+// a row o < rows; sums go to first_sum[o] and second_sum[o], or where samples have times of their own
+// each sample's to [o, s]. Neighbouring lanes of a warp have a row's samples.
 template <typename T, typename Body>
-__device__ void sum_over_samples(int rows, int samples, int timed, T* first_sum, T* second_sum,
+__device__ void sum_over_samples(const Tile<T>& tile, int rows, T* first_sum, T* second_sum,
                                  const Body& body) {
-  const int lanes = least(samples, kWarp), at_once = int(blockDim.x) / lanes;
-  const int lane = int(threadIdx.x) % lanes;
-  for (int row = 0; row < rows; row += at_once) {
-    const int o = row + int(threadIdx.x) / lanes;
-    T first = T(0), second = T(0);
-    for (int s = lane; o < rows && s < samples; s += lanes) {
-      body(o, s, first, second);
-      if (timed == 1) continue;
-      first_sum[o * timed + s] += first;
-      second_sum[o * timed + s] += second;
-      first = second = T(0);
+  const int shift = tile.layout.group_shift, lanes = 1 << shift, timed = tile.layout.timed;
+  const int lane = int(threadIdx.x) & (lanes - 1), s = lane * kFull<T>;
+  for (int row = 0; row < rows; row += int(blockDim.x) >> shift) {
+    const int o = row + (int(threadIdx.x) >> shift);
+    Wide<T> first = {}, second = {};
+    if (o < rows) body(o, s, first, second);
+    if (timed > 1) {
+      if (o >= rows) continue;
+      add_group(first_sum + o * timed + s, first);
+      add_group(second_sum + o * timed + s, second);
+      continue;
     }
-    if (timed > 1) continue;
+    T first_of_row = sum_of(first), second_of_row = sum_of(second);
     for (int offset = lanes / 2; offset > 0; offset /= 2) {
-      first += shuffle_down(first, offset);
-      second += shuffle_down(second, offset);
+      first_of_row += shuffle_down(first_of_row, offset);
+      second_of_row += shuffle_down(second_of_row, offset);
     }
     if (o >= rows || lane > 0) continue;
-    first_sum[o] += first;
-    second_sum[o] += second;
+    first_sum[o] += first_of_row;
+    second_sum[o] += second_of_row;
   }
 }
 
@@ -82,63 +98,97 @@ __device__ void reverse_last(const Tile<T>& tile, const Pass& pass, int k, const
   const int l = tile.last(), samples = tile.samples();
   const auto p = tile.columns(layout.product[l]);
   const bool tangents = pass.tangents && !tile.solve.closed_form;
-  const auto each = [&](int o, int s, T& shift_bar, T& product_bar) {
-    const T gate = tile.timed(layout.gate[l], o, s), shift = tile.timed(layout.shift[l], o, s);
+  const T* const gates = tile.at(layout.gate[l]);
+  const T* const shifts = tile.at(layout.shift[l]);
+  const auto each = [&](int o, int s, Wide<T>& shift_bar, Wide<T>& product_bar) {
+    const Wide<T> gate = timed_group(gates, layout.timed, o, s);
     if (pass.values) {
-      const T value = p.row(o)[s];
-      T f_bar = bar.value[o * samples + s];
-      if (tile.solve.kinetic) {
-        f_bar += kinetic_bar(tile, bar, s) * T(2) * (gate * value + shift);
+      const Wide<T> shift = timed_group(shifts, layout.timed, o, s);
+      const Wide<T> value = fetch_group(p.row(o) + s);
+      Wide<T> f_bar = fetch_group(bar.value + o * samples + s);
+#pragma unroll
+      for (int e = 0; e < kFull<T>; ++e) {
+        if (tile.solve.kinetic) {
+          const T f = gate.value[e] * value.value[e] + shift.value[e];
+          f_bar.value[e] += kinetic_bar(tile, bar, s + e) * T(2) * f;
+        }
+        shift_bar.value[e] += f_bar.value[e];
+        product_bar.value[e] += f_bar.value[e] * value.value[e];
+        f_bar.value[e] *= gate.value[e];
       }
-      shift_bar += f_bar;
-      product_bar += f_bar * value;
-      u.row(o)[s] = gate * f_bar;
+      store(u.row(o) + s, f_bar);
     }
     if (!tangents) return;
-    const T q = p.row(o)[samples + s];
-    T image_bar = divergence_bar(tile, bar, s) * probe_at(tile, k, o, s);
-    if (tile.solve.jacobian) image_bar += jacobian_bar(tile, bar, s) * T(2) * gate * q;
-    image_bar *= tile.solve.probe_weight;
-    product_bar += image_bar * q;
-    u.row(o)[samples + s] = gate * image_bar;
+    const Wide<T> q = fetch_group(p.row(o) + samples + s);
+    Wide<T> image_bar = probes_at(tile, k, o, s);
+#pragma unroll
+    for (int e = 0; e < kFull<T>; ++e) {
+      T of_image = divergence_bar(tile, bar, s + e) * image_bar.value[e];
+      if (tile.solve.jacobian) {
+        of_image += jacobian_bar(tile, bar, s + e) * T(2) * gate.value[e] * q.value[e];
+      }
+      of_image *= tile.solve.probe_weight;
+      product_bar.value[e] += of_image * q.value[e];
+      image_bar.value[e] = gate.value[e] * of_image;
+    }
+    store(u.row(o) + samples + s, image_bar);
   };
-  sum_over_samples(tile.out(l), samples, layout.timed, tile.at(layout.shift_sum[l]),
-                   tile.at(layout.product_sum[l]), each);
+  sum_over_samples(tile, tile.out(l), tile.at(layout.shift_sum[l]), tile.at(layout.product_sum[l]),
+                   each);
 }
 
 // From the cotangents of a hidden layer's outputs to those of its products, in their place.
 template <typename T>
 __device__ void reverse_activation(const Tile<T>& tile, int l, const Pass& pass, Columns<T> u) {
   const auto& layout = tile.layout;
-  const int samples = tile.samples();
+  const int samples = tile.samples(), timed = layout.timed;
   const auto p = tile.columns(layout.product[l]);
   T* const curved = layout.curved[l] >= 0 ? tile.at(layout.curved[l]) : nullptr;
+  const T* const gates = tile.at(layout.gate[l]);
+  const T* const shifts = tile.at(layout.shift[l]);
   with_activation(tile.solve.field.activation, [&](auto kind) {
     constexpr Activation activation = decltype(kind)::value;
-    sum_over_samples(tile.out(l), samples, layout.timed, tile.at(layout.shift_sum[l]),
-                     tile.at(layout.product_sum[l]),
-                     [&](int o, int s, T& shift_bar, T& product_bar) {
-                       const T gate = tile.timed(layout.gate[l], o, s);
-                       const T h = gate * p.row(o)[s] + tile.timed(layout.shift[l], o, s);
-                       T slope;
-                       const T a = activate<activation, T>(h, slope);
-                       T by_tangent = T(0);
-                       if (pass.tangents) {
-                         const T q = tangent_product(tile, l, p, o, s), bar = u.row(o)[samples + s];
-                         by_tangent = curvature<activation, T>(h, a, slope) * (gate * q) * bar;
-                         product_bar += slope * bar * q;
-                         u.row(o)[samples + s] = gate * slope * bar;
-                       }
-                       if (!pass.values) {
-                         curved[o * samples + s] += by_tangent;
-                         return;
-                       }
-                       if (curved != nullptr) by_tangent += curved[o * samples + s];
-                       const T h_bar = slope * u.row(o)[s] + by_tangent;
-                       shift_bar += h_bar;
-                       product_bar += h_bar * p.row(o)[s];
-                       u.row(o)[s] = gate * h_bar;
-                     });
+    const auto each = [&](int o, int s, Wide<T>& shift_bar, Wide<T>& product_bar) {
+      const Wide<T> gate = timed_group(gates, timed, o, s);
+      const Wide<T> shift = timed_group(shifts, timed, o, s);
+      const Wide<T> value = fetch_group(p.row(o) + s);
+      Wide<T> slope, curve = {};
+#pragma unroll
+      for (int e = 0; e < kFull<T>; ++e) {
+        const T h = gate.value[e] * value.value[e] + shift.value[e];
+        const T a = activate<activation, T>(h, slope.value[e]);
+        if (pass.tangents) curve.value[e] = curvature<activation, T>(h, a, slope.value[e]);
+      }
+      Wide<T> by_tangent = {};
+      if (pass.tangents) {
+        const Wide<T> q = tangent_products(tile, l, p, o, s);
+        Wide<T> bar = fetch_group(u.row(o) + samples + s);
+#pragma unroll
+        for (int e = 0; e < kFull<T>; ++e) {
+          by_tangent.value[e] = curve.value[e] * (gate.value[e] * q.value[e]) * bar.value[e];
+          const T slope_bar = slope.value[e] * bar.value[e];
+          product_bar.value[e] += slope_bar * q.value[e];
+          bar.value[e] = gate.value[e] * slope_bar;
+        }
+        store(u.row(o) + samples + s, bar);
+      }
+      if (!pass.values) {
+        add_group(curved + o * samples + s, by_tangent);
+        return;
+      }
+      const Wide<T> before = curved != nullptr ? fetch_group(curved + o * samples + s) : Wide<T>{};
+      Wide<T> bar = fetch_group(u.row(o) + s);
+#pragma unroll
+      for (int e = 0; e < kFull<T>; ++e) {
+        const T h_bar = slope.value[e] * bar.value[e] + (by_tangent.value[e] + before.value[e]);
+        shift_bar.value[e] += h_bar;
+        product_bar.value[e] += h_bar * value.value[e];
+        bar.value[e] = gate.value[e] * h_bar;
+      }
+      store(u.row(o) + s, bar);
+    };
+    sum_over_samples(tile, tile.out(l), tile.at(layout.shift_sum[l]),
+                     tile.at(layout.product_sum[l]), each);
   });
 }
 
@@ -182,7 +232,7 @@ __device__ void reverse_product(const Tile<T>& tile, int l, const Pass& pass,
 // Back through all layers, from the products of one pass; leaves the cotangent of the state in the
 // columns that are returned. Begins and ends with a barrier.
 template <Precision kPrecision, typename T>
-__device__ Columns<T> reverse_pass(const Tile<T>& tile, const Pass& pass, int k, const T* z,
+__device__ Columns<T> reverse_pass(const Tile<T>& tile, const Pass& pass, int k,
                                    const RatesBar<T>& bar, T* context_bar,
                                    const GradientSums<T>& sums) {
   const auto& layout = tile.layout;
@@ -194,7 +244,7 @@ __device__ Columns<T> reverse_pass(const Tile<T>& tile, const Pass& pass, int k,
     if (l > 0) {
       activate_layer(tile, l - 1, pass, tile.columns(layout.product[l - 1]), x);
     } else {
-      load_inputs(tile, pass, z, k, x);
+      load_inputs(tile, pass, k, x);
     }
     barrier();
     reverse_product<kPrecision>(tile, l, pass, bar, x, u, v, sums);
@@ -226,21 +276,32 @@ __device__ void add_time_gradients(const Tile<T>& tile, const GradientSums<T>& s
     const int out = tile.out(l);
     for_each_place(1, out, [&](int, int o) {
       const T b = layer.bias != nullptr ? layer.bias[o] : T(0);
-      for (int s = 0; s < layout.timed; ++s) {
+      const auto shift_bar = [&](int s) { return tile.timed(layout.shift_sum[l], o, s); };
+      const auto gate_bar = [&](int s) {
         const T gate = tile.timed(layout.gate[l], o, s);
-        const T shift_bar = tile.timed(layout.shift_sum[l], o, s);
-        const T gate_bar =
-            (tile.timed(layout.product_sum[l], o, s) + b * shift_bar) * (gate * (T(1) - gate));
-        sums.numbers[sums.places.bias[l] + o] += gate * shift_bar;
-        if (layer.gate_weight != nullptr) sums.numbers[sums.places.gate_bias[l] + o] += gate_bar;
-        for (int f = 0; f < features; ++f) {
+        return (tile.timed(layout.product_sum[l], o, s) + b * shift_bar(s)) *
+               (gate * (T(1) - gate));
+      };
+      // The sums may be far away.
+      T of_bias = T(0), of_gate = T(0);
+      for (int s = 0; s < layout.timed; ++s) {
+        of_bias += tile.timed(layout.gate[l], o, s) * shift_bar(s);
+        of_gate += gate_bar(s);
+      }
+      sums.numbers[sums.places.bias[l] + o] += of_bias;
+      if (layer.gate_weight != nullptr) sums.numbers[sums.places.gate_bias[l] + o] += of_gate;
+      for (int f = 0; f < features; ++f) {
+        T of_gate_weight = T(0), of_shift_weight = T(0);
+        for (int s = 0; s < layout.timed; ++s) {
           const T tau = tile.timed(layout.tau, f, s);
-          if (layer.gate_weight != nullptr) {
-            sums.numbers[sums.places.gate_weight[l] + f * out + o] += gate_bar * tau;
-          }
-          if (layer.shift_weight != nullptr) {
-            sums.numbers[sums.places.shift_weight[l] + f * out + o] += shift_bar * tau;
-          }
+          of_gate_weight += gate_bar(s) * tau;
+          of_shift_weight += shift_bar(s) * tau;
+        }
+        if (layer.gate_weight != nullptr) {
+          sums.numbers[sums.places.gate_weight[l] + f * out + o] += of_gate_weight;
+        }
+        if (layer.shift_weight != nullptr) {
+          sums.numbers[sums.places.shift_weight[l] + f * out + o] += of_shift_weight;
         }
       }
     });
@@ -277,13 +338,33 @@ __device__ void unmix(const MlpSolve<T>& solve, const TileLayout& layout, T* sha
   const auto trace_bar = [&](int j, int i) {
     return last == 1 ? sums.mixed[j] : sums.mixed[j * stride + i];
   };
-  for_each_place(features, width, [&](int d, int j) {
-    T sum = T(0);
-    for (int i = last == 1 ? j : 0; i < (last == 1 ? j + 1 : rows); ++i) {
-      sum += trace_bar(j, i) * behind[i * last_stride + d];
+  // A warp has a feature, for which the last gate's cotangent is a sum over all.
+  const auto& layer = field.layer[last];
+  const bool gated = layer.gate_weight != nullptr;  // and so all samples have the same time
+  const int lane = int(threadIdx.x) % kWarp;
+  for (int d = int(threadIdx.x) / kWarp; d < features; d += int(blockDim.x) / kWarp) {
+    const T s = gate[d * layout.timed];
+    T gate_bar = T(0);
+    for (int j = lane; j < width; j += kWarp) {
+      T sum = T(0);
+      for (int i = last == 1 ? j : 0; i < (last == 1 ? j + 1 : rows); ++i) {
+        sum += trace_bar(j, i) * behind[i * last_stride + d];
+      }
+      first_bar[d * first_stride + j] += sum * s;
+      gate_bar += sum * first[d * first_stride + j];
     }
-    first_bar[d * first_stride + j] += sum * gate[d * layout.timed];
-  });
+    if (!gated) continue;
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      gate_bar += shuffle_down(gate_bar, offset);
+    }
+    if (lane > 0) continue;
+    gate_bar *= s * (T(1) - s);
+    sums.numbers[sums.places.gate_bias[last] + d] += gate_bar;
+    for (int f = 0; f < field.time_features; ++f) {
+      sums.numbers[sums.places.gate_weight[last] + f * features + d] +=
+          gate_bar * shared[layout.tau + f];
+    }
+  }
   for_each_place(last == 1 ? width : rows, features, [&](int i, int d) {
     T sum = T(0);
     for (int j = last == 1 ? i : 0; j < (last == 1 ? i + 1 : width); ++j) {
@@ -291,23 +372,6 @@ __device__ void unmix(const MlpSolve<T>& solve, const TileLayout& layout, T* sha
     }
     behind_bar[i * last_stride + d] += sum * gate[d * layout.timed];
   });
-  const auto& layer = field.layer[last];
-  if (layer.gate_weight != nullptr) {  // and so all samples have the same time
-    for_each_place(1, features, [&](int, int d) {
-      T gate_bar = T(0);
-      for (int j = 0; j < width; ++j) {
-        for (int i = last == 1 ? j : 0; i < (last == 1 ? j + 1 : rows); ++i) {
-          gate_bar += trace_bar(j, i) * first[d * first_stride + j] * behind[i * last_stride + d];
-        }
-      }
-      gate_bar *= gate[d] * (T(1) - gate[d]);
-      sums.numbers[sums.places.gate_bias[last] + d] += gate_bar;
-      for (int f = 0; f < field.time_features; ++f) {
-        sums.numbers[sums.places.gate_weight[last] + f * features + d] +=
-            gate_bar * shared[layout.tau + f];
-      }
-    });
-  }
   barrier();
   for_each_place(1, last == 1 ? width : width * stride, [&](int, int i) { sums.mixed[i] = T(0); });
   barrier();

@@ -190,7 +190,7 @@ class SampleSolver {
       set_time(0);
       const T euler[1] = {T(1)};
       stage_state(tile, euler, 1);
-      evaluate<kPrecision>(tile, solve().tangents > 0, tile.at(layout_.z), k().row(1));
+      evaluate<kPrecision>(tile, solve().tangents > 0, k().row(1));
     }
     norms_of_lanes(
         tile, adaptive_first_step() ? in_norm_ : 0,
@@ -239,7 +239,7 @@ class SampleSolver {
 
   __device__ void evaluate_stage(const Tile<T>& tile, int i, T* rates) const {
     stage_state(tile, lanes_.weights.a[i], i);
-    evaluate<kPrecision>(tile, needs_divergence(solve(), tableau_, i), tile.at(layout_.z), rates);
+    evaluate<kPrecision>(tile, needs_divergence(solve(), tableau_, i), rates);
   }
 
   // All stages but a first one that there is, and the solution.

@@ -87,6 +87,7 @@ class Solver {
       has_first = control_.attempt.accepted_now == 0;
       if (!has_first) accept(int64_t(control_.attempt.accepted) - 1);
     }
+    tell();
   }
 
   __device__ void fixed() {
@@ -110,7 +111,7 @@ class Solver {
     a.failure = double(total.nonfinite == 0 ? FlowFailure::kNone : FlowFailure::kOther);
     a.size = fabs(p_.grid[p_.grid_times - 1] - p_.grid[p_.grid_times - 2]);
     a.done = 1;
-    report(plan());
+    tell();
   }
 
   __device__ void store() {
@@ -139,7 +140,7 @@ class Solver {
     return on;
   }
 
-  // One block tells the host, and those that come after.
+  // One block tells those that come after, and at the end the host.
   __device__ FlowPlan<T> plan() const {
     FlowPlan<T> plan = {};
     plan.rule = p_.rule;
@@ -147,11 +148,15 @@ class Solver {
     plan.times = control_.times;
     plan.h = control_.h;
     plan.capacity = p_.times != nullptr ? p_.capacity : 0;
-    if (blockIdx.x == 0) {
-      plan.tape = p_.times;
-      plan.report = p_.report;
-    }
+    if (blockIdx.x == 0) plan.tape = p_.times;
     return plan;
+  }
+
+  __device__ void tell() const {
+    if (global_thread() > 0) return;
+    FlowPlan<T> to_host = plan();
+    to_host.report = p_.report;
+    report(to_host);
   }
 
   template <typename Body>
@@ -253,7 +258,7 @@ class Solver {
     const auto k = stages(tile.index);
     const T euler[1] = {T(1)};
     stage_state(tile, k, euler, 1);
-    evaluate<kPrecision>(tile, solve().tangents > 0, tile.at(layout_.z), k.row(1));
+    evaluate<kPrecision>(tile, solve().tangents > 0, k.row(1));
   }
 
   // The state z that a stage is evaluated at.
@@ -269,8 +274,7 @@ class Solver {
   __device__ void evaluate_stage(const Tile<T>& tile, int i) const {
     const auto k = stages(tile.index);
     stage_state(tile, k, control_.weights.a[i], i);
-    evaluate<kPrecision>(tile, needs_divergence(solve(), tableau_, i), tile.at(layout_.z),
-                         k.row(i));
+    evaluate<kPrecision>(tile, needs_divergence(solve(), tableau_, i), k.row(i));
   }
 
   // The stages from `first` on, and the solution.

@@ -20,8 +20,8 @@ struct Tile {
   int64_t index;
   const int64_t* lanes;  // the sample of each column, -1 for none; null: the index-th so many
 
-  __device__ T* at(int place) const { return shared + place; }
-  __device__ Columns<T> columns(int place) const { return {shared + place, layout.stride}; }
+  __device__ T* at(int place) const { return known_shared(shared + place); }
+  __device__ Columns<T> columns(int place) const { return {at(place), layout.stride}; }
   __device__ int samples() const { return layout.samples; }
   // A number that an output, or a time feature, has at the time of a sample.
   __device__ T timed(int place, int o, int s) const {
@@ -48,6 +48,31 @@ __device__ inline void for_each_place(int rows, int width, const Body& body) {
   for (int place = threadIdx.x; place < rows * width; place += blockDim.x) {
     body(place / width, place % width);
   }
+}
+
+// Numbers of neighbouring samples, as many as a thread moves in one access.
+template <typename T>
+using Wide = Group<T, kFull<T>>;
+
+// Calls body(row, s) for all rows and groups of samples that begin with s, neighbouring threads with
+// neighbouring groups.
+template <typename T, typename Body>
+__device__ inline void for_each_group_of(const Tile<T>& tile, int rows, const Body& body) {
+  const int shift = tile.layout.group_shift, count = rows << shift, mask = (1 << shift) - 1;
+  for (int place = threadIdx.x; place < count; place += blockDim.x) {
+    body(place >> shift, (place & mask) * kFull<T>);
+  }
+}
+
+template <typename T>
+__device__ inline Wide<T> fetch_group(const T* from) {
+  return fetch<kFull<T>>(from);
+}
+
+// What an output has at the times of a group of samples.
+template <typename T>
+__device__ inline Wide<T> timed_group(const T* from, int timed, int o, int s) {
+  return timed == 1 ? filled<T, kFull<T>>(from[o]) : fetch_group(from + o * timed + s);
 }
 
 // Calls body(std::integral_constant<Activation, kind>()).
@@ -108,7 +133,8 @@ __device__ void mix(const MlpSolve<T>& solve, const TileLayout& layout, T* share
     return;
   }
   const int stride = layout.weight_stride[1];
-  for_each_place(width, stride, [&](int j, int i) {
+  // Rows of the last weight are read by all lanes of a warp at once.
+  for_each_place(stride, width, [&](int i, int j) {
     const int place = j * stride + i;
     const T n = i < field.layer[1].out ? trace(j, i) : T(0);
     if (layout.unmixed >= 0) shared[layout.unmixed + place] = n;
@@ -128,7 +154,7 @@ __device__ void load_weights(const MlpSolve<T>& solve, const TileLayout& layout,
     });
     for_each_place(in, stride - out, [&](int i, int o) { weight[i * stride + out + o] = T(0); });
   }
-  if (solve.drawn && threadIdx.x == 0) *probe_held(layout, shared) = -1;
+  if (has_probes(solve) && threadIdx.x == 0) *probe_held(layout, shared) = -1;
   if (!solve.closed_form || mix_depends_on_time(solve)) return;
   barrier();
   mix(solve, layout, shared);
@@ -206,57 +232,67 @@ __device__ void make_key(const Tile<T>& tile, int s) {
 // Where columns have other samples than before, probes that are held are no longer theirs.
 template <typename T>
 __device__ void drop_probe(const Tile<T>& tile) {
-  if (tile.solve.drawn) *probe_held(tile.layout, tile.shared) = -1;
+  if (has_probes(tile.solve)) *probe_held(tile.layout, tile.shared) = -1;
 }
 
-// Sees to it that the k-th tangent's probes are in shared memory, if they are drawn. Begins, and
-// where it has drawn them ends, with a barrier.
+// Sees to it that the k-th tangent's probes are in shared memory. Begins, and where they were not
+// there ends, with a barrier.
 template <typename T>
 __device__ void hold_probe(const Tile<T>& tile, int k) {
-  if (!tile.solve.drawn) return;
+  const auto& solve = tile.solve;
+  if (!has_probes(solve)) return;
   int64_t& held = *probe_held(tile.layout, tile.shared);
-  const int64_t wanted = tile.index * tile.solve.tangents + k;
+  const int64_t wanted = tile.index * solve.tangents + k;
   const bool there = held == wanted;
   barrier();
   if (there) return;
   const auto& noise = tile.noise;
   const int features = tile.features(), samples = tile.samples();
   T* const probe = tile.at(tile.layout.probe);
-  for_each_place(ceil_div(features, kProbeGroup), samples, [&](int group, int s) {
-    const int first = group * kProbeGroup;
-    T value[kProbeGroup];
-    probe_group(noise.seed, uint64_t(noise.keys[tile.sample(s)]), uint32_t(k), first,
-                noise.gaussian, value);
+  if (!solve.drawn) {
+    const T* const given = solve.probe + k * tile.batch * features;
+    for_each_place(samples, features, [&](int s, int d) {
+      probe[d * samples + s] = given[tile.sample(s) * features + d];
+    });
+  } else {
+    for_each_place(ceil_div(features, kProbeGroup), samples, [&](int group, int s) {
+      const int first = group * kProbeGroup;
+      T value[kProbeGroup];
+      probe_group(noise.seed, uint64_t(noise.keys[tile.sample(s)]), uint32_t(k), first,
+                  noise.gaussian, value);
 #pragma unroll
-    for (int i = 0; i < kProbeGroup; ++i) {
-      if (first + i < features) probe[(first + i) * samples + s] = value[i];
-    }
-  });
+      for (int i = 0; i < kProbeGroup; ++i) {
+        if (first + i < features) probe[(first + i) * samples + s] = value[i];
+      }
+    });
+  }
   if (threadIdx.x == 0) held = wanted;
   barrier();
 }
 
-// The probe's value that tangent k has at feature d; of those that are drawn, one held.
+// Values of the k-th tangent, which is held, at feature d.
 template <typename T>
 __device__ inline T probe_at(const Tile<T>& tile, int k, int d, int s) {
-  const auto& solve = tile.solve;
-  if (solve.drawn) return tile.at(tile.layout.probe)[d * tile.samples() + s];
-  if (solve.probe == nullptr) return T(k == d);
-  return solve.probe[(k * tile.batch + tile.sample(s)) * tile.features() + d];
+  if (!has_probes(tile.solve)) return T(k == d);
+  return tile.at(tile.layout.probe)[d * tile.samples() + s];
 }
 
-// What enters the network: z [D, samples] and the k-th tangent, where it enters there.
 template <typename T>
-__device__ void load_inputs(const Tile<T>& tile, const Pass& pass, const T* z, int k,
-                            Columns<T> x) {
+__device__ inline Wide<T> probes_at(const Tile<T>& tile, int k, int d, int s) {
+  if (!has_probes(tile.solve)) return filled<T, kFull<T>>(T(k == d));
+  return fetch_group(tile.at(tile.layout.probe) + d * tile.samples() + s);
+}
+
+// What enters the network: the state and the k-th tangent, where it enters there.
+template <typename T>
+__device__ void load_inputs(const Tile<T>& tile, const Pass& pass, int k, Columns<T> x) {
   const int samples = tile.samples();
+  const T* const z = tile.at(tile.layout.z);
   const bool tangents = pass.tangents && !tile.solve.closed_form;
   if (tangents) hold_probe(tile, k);
-  for_each_place(tile.features(), samples, [&](int d, int s) {
-    if (pass.values) x.row(d)[s] = z[d * samples + s];
-    if (tangents) {
-      x.row(d)[samples + s] = probe_at(tile, k, d, s);
-    }
+  for_each_group_of(tile, tile.features(), [&](int d, int s) {
+    if (pass.values) store(x.row(d) + s, fetch_group(z + d * samples + s));
+    if (tangents) store(x.row(d) + samples + s, probes_at(tile, k, d, s));
   });
 }
 
@@ -283,8 +319,10 @@ __device__ void layer_product(const Tile<T>& tile, int l, const Pass& pass, Colu
 
 // The tangents' products of a layer; behind the first the closed form's are all ones.
 template <typename T>
-__device__ inline T tangent_product(const Tile<T>& tile, int l, const Columns<T>& p, int o, int s) {
-  return l == 0 && tile.solve.closed_form ? T(1) : p.row(o)[tile.samples() + s];
+__device__ inline Wide<T> tangent_products(const Tile<T>& tile, int l, const Columns<T>& p, int o,
+                                           int s) {
+  if (l == 0 && tile.solve.closed_form) return filled<T, kFull<T>>(T(1));
+  return fetch_group(p.row(o) + tile.samples() + s);
 }
 
 // From a hidden layer's products to its outputs; x may be p.
@@ -292,25 +330,40 @@ template <typename T>
 __device__ void activate_layer(const Tile<T>& tile, int l, const Pass& pass, Columns<T> p,
                                Columns<T> x) {
   const auto& layout = tile.layout;
-  const int samples = tile.samples();
+  const int samples = tile.samples(), timed = layout.timed;
   T* const slopes = layout.slope[l] >= 0 ? tile.at(layout.slope[l]) : nullptr;
   if (!pass.values) {
-    for_each_place(tile.out(l), samples, [&](int o, int s) {
-      x.row(o)[samples + s] = slopes[o * samples + s] * p.row(o)[samples + s];
+    for_each_group_of(tile, tile.out(l), [&](int o, int s) {
+      const Wide<T> scale = fetch_group(slopes + o * samples + s);
+      Wide<T> q = fetch_group(p.row(o) + samples + s);
+#pragma unroll
+      for (int e = 0; e < kFull<T>; ++e) q.value[e] *= scale.value[e];
+      store(x.row(o) + samples + s, q);
     });
     return;
   }
+  const T* const gates = tile.at(layout.gate[l]);
+  const T* const shifts = tile.at(layout.shift[l]);
   with_activation(tile.solve.field.activation, [&](auto kind) {
-    for_each_place(tile.out(l), samples, [&](int o, int s) {
-      const T gate = tile.timed(layout.gate[l], o, s), shift = tile.timed(layout.shift[l], o, s);
-      T slope;
-      const T a = activate<decltype(kind)::value, T>(gate * p.row(o)[s] + shift, slope);
-      const T scale = gate * slope;
-      if (pass.tangents) {
-        x.row(o)[samples + s] = scale * tangent_product(tile, l, p, o, s);
+    for_each_group_of(tile, tile.out(l), [&](int o, int s) {
+      const Wide<T> gate = timed_group(gates, timed, o, s);
+      const Wide<T> shift = timed_group(shifts, timed, o, s);
+      Wide<T> a = fetch_group(p.row(o) + s), scale;
+#pragma unroll
+      for (int e = 0; e < kFull<T>; ++e) {
+        T slope;
+        const T h = gate.value[e] * a.value[e] + shift.value[e];
+        a.value[e] = activate<decltype(kind)::value, T>(h, slope);
+        scale.value[e] = gate.value[e] * slope;
       }
-      x.row(o)[s] = a;
-      if (slopes != nullptr) slopes[o * samples + s] = scale;
+      if (slopes != nullptr) store(slopes + o * samples + s, scale);
+      if (pass.tangents) {
+        const Wide<T> q = tangent_products(tile, l, p, o, s);
+#pragma unroll
+        for (int e = 0; e < kFull<T>; ++e) scale.value[e] *= q.value[e];
+        store(x.row(o) + samples + s, scale);
+      }
+      store(x.row(o) + s, a);
     });
   });
 }
@@ -369,9 +422,12 @@ __device__ void add_divergence(const Tile<T>& tile, int k, Columns<T> p, Columns
         take);
     return;
   }
+  // Of a unit vector's image the divergence has one number.
+  const bool one = !has_probes(solve) && !solve.jacobian;
   sum_for_samples<T>(
-      samples, tile.features(),
-      [&](int d, int s, T& sum, T& squares) {
+      samples, one ? 1 : tile.features(),
+      [&](int i, int s, T& sum, T& squares) {
+        const int d = one ? k : i;
         const T image = tile.timed(layout.gate[last], d, s) * p.row(d)[samples + s];
         sum += probe_at(tile, k, d, s) * image;
         squares += image * image;
@@ -379,12 +435,11 @@ __device__ void add_divergence(const Tile<T>& tile, int k, Columns<T> p, Columns
       take);
 }
 
-// The rates k [rows, samples] of the state whose z [D, samples] is given, at the time that is set;
-// those of extras that are not wanted are 0. Begins and ends with a barrier. Much code, which a kernel
+// The rates k [rows, samples] of the state that is in its place, at the time that is set; those of
+// extras that are not wanted are 0. Begins and ends with a barrier. Much code, which a kernel
 // has once.
 template <Precision kPrecision, typename T>
-__device__ __noinline__ void evaluate(const Tile<T>& tile, bool with_divergence, const T* z,
-                                      T* rates) {
+__device__ __noinline__ void evaluate(const Tile<T>& tile, bool with_divergence, T* rates) {
   const auto& solve = tile.solve;
   const auto& layout = tile.layout;
   const int samples = tile.samples(), last = tile.last(), features = tile.features();
@@ -398,14 +453,22 @@ __device__ __noinline__ void evaluate(const Tile<T>& tile, bool with_divergence,
   barrier();
   for (int k = 0; k == 0 || k < tangents; ++k) {
     const Pass pass = {k == 0, k < tangents};
-    load_inputs(tile, pass, z, k, x(0));
+    load_inputs(tile, pass, k, x(0));
     if (k == 0) for_each_place(2, samples, [&](int i, int s) { sums[i * samples + s] = T(0); });
     barrier();
     through_layers<kPrecision>(tile, pass, y, x);
     if (pass.values) {
-      for_each_place(features, samples, [&](int d, int s) {
-        rates[d * samples + s] = tile.timed(layout.gate[last], d, s) * y(last).row(d)[s] +
-                                 tile.timed(layout.shift[last], d, s);
+      const T* const gates = tile.at(layout.gate[last]);
+      const T* const shifts = tile.at(layout.shift[last]);
+      for_each_group_of(tile, features, [&](int d, int s) {
+        const Wide<T> gate = timed_group(gates, layout.timed, d, s);
+        const Wide<T> shift = timed_group(shifts, layout.timed, d, s);
+        Wide<T> f = fetch_group(y(last).row(d) + s);
+#pragma unroll
+        for (int e = 0; e < kFull<T>; ++e) {
+          f.value[e] = gate.value[e] * f.value[e] + shift.value[e];
+        }
+        store(rates + d * samples + s, f);
       });
     }
     if (pass.tangents) add_divergence(tile, k, y(last), x(last));
@@ -474,8 +537,11 @@ __device__ void load_method(const Tableau& tableau, Weights<T>& weights) {
 template <typename T>
 __device__ inline T combined(const StageRows<T>& k, const T* weights, int count, int i) {
   T sum = T(0);
+#pragma unroll 4
   for (int j = 0; j < count; ++j) {
-    if (weights[j] != T(0)) sum += k.row(j)[i] * weights[j];
+    // Read in any case, so that many numbers are on their way at a time.
+    const T rate = k.row(j)[i], weight = weights[j];
+    sum = weight != T(0) ? sum + rate * weight : sum;
   }
   return sum;
 }

@@ -24,12 +24,13 @@ inline at::Tensor part_in_tf32(const at::Tensor& x) {
   return x.view(at::kInt).bitwise_and(~0x1fff).view(at::kFloat);
 }
 
-// In f32 from factors in bf16, of whose products cuBLAS keeps the sums in f32.
-inline at::Tensor product_of_bf16(const at::Tensor& a, const at::Tensor& b) {
-  const auto op = c10::Dispatcher::singleton().findSchema({"aten::mm", "dtype"});
+// out = a b in f32, from factors in bf16.
+inline void product_of_bf16(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
+  const auto op = c10::Dispatcher::singleton().findSchema({"aten::mm", "dtype_out"});
   TORCH_CHECK(op.has_value(), "products of bf16 with sums in float32 need torch 2.8");
-  using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, at::ScalarType);
-  return op->typed<Signature>().call(a.to(at::kBFloat16), b.to(at::kBFloat16), at::kFloat);
+  using Signature = at::Tensor&(const at::Tensor&, const at::Tensor&, at::ScalarType, at::Tensor&);
+  at::Tensor result = out;
+  op->typed<Signature>().call(a.to(at::kBFloat16), b.to(at::kBFloat16), at::kFloat, result);
 }
 
 // The one place where a product's precision is chosen. That TF32 is TF32 is torch's setting, which
@@ -48,12 +49,9 @@ inline void product(Precision precision, const at::Tensor& out, const at::Tensor
       return product_of_torch(out, large_a, large_b, true);
     }
     case Precision::kBf16: {
-      const auto made = product_of_bf16(a, b);
-      if (add) {
-        out.add_(made);
-      } else {
-        out.copy_(made);
-      }
+      const auto made = add ? at::empty_like(out) : out;
+      product_of_bf16(made, a, b);
+      if (add) out.add_(made);
       return;
     }
   }

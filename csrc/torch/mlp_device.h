@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <thread>
 #include <vector>
@@ -107,12 +108,17 @@ inline void wait_for_report(const volatile double* report, cudaStream_t stream) 
       throw;
     }
     const cudaError_t state = cudaStreamQuery(stream);
-    if (state != cudaErrorNotReady) {
+    if (state == cudaErrorNotReady) {
+      // Nor is it one for whoever asks next for the last error.
+      (void)cudaGetLastError();
+    } else {
       C10_CUDA_CHECK(state);
       TORCH_CHECK(report[1] != 0, "the GPU has stopped amid a solve");
     }
     next = Clock::now() + std::chrono::milliseconds(1);
   }
+  // What was told before is read after.
+  std::atomic_thread_fence(std::memory_order_acquire);
 }
 
 inline void check_not_capturing(cudaStream_t stream) {

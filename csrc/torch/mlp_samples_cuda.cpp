@@ -72,6 +72,7 @@ Solution samples_cuda(const DeviceSetup<T>& setup, const at::Tensor& x, double s
     wait_for_report(told, stream);
     if (!taped || int64_t(told[5]) <= capacity) break;
     capacity = int64_t(told[5]);
+    times = states = previous = at::Tensor();  // not both at a time
   }
   Report result;
   result.rejected = int64_t(told[0]);

@@ -15,10 +15,10 @@
 namespace pycnf {
 namespace {
 
-// Room for all the steps that a solve may take is made if it is no more than this; else for some
-// steps, and where they do not suffice the solve is made again with room for more.
+// Room for all the steps that a solve may take is made if it is no more than this; else for as many
+// as that, or these few, and where they do not suffice the solve is made again with room for more.
 constexpr int64_t kTapeBytes = 32 << 20;
-constexpr int64_t kFirstCapacity = 64, kGrowth = 4;
+constexpr int64_t kFirstCapacity = 16, kGrowth = 4;
 
 // What the host says of a solve in the words of the CPU's, but for where and why it failed: the
 // solver with the host in its loop finds that out.
@@ -79,8 +79,7 @@ Solution solve_cuda(const DeviceSetup<T>& setup, const at::Tensor& x, double sta
     p.grid_times = int64_t(grid.size());
   } else {
     const int64_t most = kTapeBytes / (setup.batch * features * int64_t(sizeof(T)));
-    capacity = control.max_num_steps <= most ? control.max_num_steps
-                                             : std::min(kFirstCapacity, control.max_num_steps);
+    capacity = std::min(std::max(most, kFirstCapacity), control.max_num_steps);
   }
   const at::Tensor report =
       at::zeros({kFlowReportNumbers}, at::TensorOptions(at::kDouble).pinned_memory(true));
@@ -99,17 +98,18 @@ Solution solve_cuda(const DeviceSetup<T>& setup, const at::Tensor& x, double sta
     wait_for_report(told, stream);
     if (told[2] != double(int(FlowFailure::kFullTape))) break;
     capacity = std::min(kGrowth * capacity, control.max_num_steps);
+    times = states = at::Tensor();  // not both at a time
     for (int i = 0; i < kFlowReportNumbers; ++i) told[i] = 0;
   }
   const auto result =
       report_of(report.const_data_ptr<double>(), setup.tableau, adaptive, control.first_step != 0);
   if (!taped) return {z, extras, result.tensor(), setup.doubles({0, 3}), {}, {}};
-  return {z,
-          extras,
-          result.tensor(),
-          times.slice(0, 0, result.accepted),
-          {states.slice(0, 0, result.accepted)},
-          {}};
+  states = states.slice(0, 0, result.accepted);
+  // What was not needed is free now, and not after the gradient.
+  if (2 * states.nbytes() < states.storage().nbytes() && states.storage().nbytes() > kTapeBytes) {
+    states = states.clone();
+  }
+  return {z, extras, result.tensor(), times.slice(0, 0, result.accepted), {states}, {}};
 }
 
 Solution mlp_solve_cuda(const at::Tensor& x, const std::optional<at::Tensor>& probe,

@@ -92,6 +92,8 @@ inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
 // Kernels by their own type, as CUDA's headers take them in C++.
 template <typename... Params>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute attribute,
