@@ -1,8 +1,10 @@
 """What PyTorch does around a flow on the fused engine: copies, modes, compilers, replicas."""
 
 import copy
+import itertools
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -214,3 +216,112 @@ def test_recognising_a_module_in_many_threads_leaves_it_alone():
     assert all(torch.equal(value, values[0]) for value in values)
     assert [id(p) for p in module.parameters()] == parameters
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+def flow_of(**settings):
+    torch.manual_seed(0)
+    return CNF(MLP(2, (8, 8)).double(), **settings)
+
+
+def keys_of(flow):
+    return {} if flow.divergence == "exact" else {"seed": 3, "keys": torch.arange(3)}
+
+
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+@pytest.mark.parametrize("steps", ["shared", "per-sample"])
+def test_transforms_whose_function_runs_after_them(steps, divergence):
+    """torch.func.vjp and jacrev, of x and of the parameters, and twice."""
+    flow, x = flow_of(divergence=divergence, steps=steps), X[:3]
+    settings = keys_of(flow)
+
+    def density(x):
+        return flow.log_prob(x, **settings)
+
+    jacobian = torch.autograd.functional.jacobian
+    expected = jacobian(density, x)
+    assert expected.abs().max() > 1e-2
+    _, pull = torch.func.vjp(density, x)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(pull(torch.ones_like(x[:, 0]))[0], expected.sum(0), **close)
+    torch.testing.assert_close(torch.func.jacrev(density)(x), expected, **close)
+    torch.testing.assert_close(jacobian(density, x, vectorize=True), expected, **close)
+    hessian = torch.autograd.functional.hessian(lambda x: density(x).sum(), x)
+    found = torch.func.jacrev(torch.func.jacrev(lambda x: density(x).sum()))(x)
+    torch.testing.assert_close(found, hessian, **close)
+    parameters, name = dict(flow.named_parameters()), "field.layers.0.weight"
+
+    def of_weight(weight):
+        return functional_call(flow, {**parameters, name: weight}, (x,), settings)[1]
+
+    torch.testing.assert_close(
+        torch.func.jacrev(of_weight)(parameters[name]),
+        jacobian(of_weight, parameters[name]),
+        **close,
+    )
+
+
+@pytest.mark.parametrize("steps", ["shared", "per-sample"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_many_cotangents_at_a_time_on_the_generic_engine(steps, which):
+    """Of z alone, and of the logdet alone."""
+    flow, x = flow_of(divergence="exact", steps=steps, engine="generic"), X[:3]
+    one, many = (
+        torch.autograd.functional.jacobian(lambda x: flow(x)[which], x, vectorize=vectorize)
+        for vectorize in (False, True)
+    )
+    assert one.abs().max() > 1e-3
+    torch.testing.assert_close(many, one, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("engine", "transform"),
+    [*itertools.product(("fused", "generic"), ("vmap", "jvp")), ("generic", "grad")],
+)
+def test_transforms_that_there_are_none_of_are_named(engine, transform):
+    flow, x = flow_of(divergence="exact", engine=engine), X[:3]
+    calls = {
+        "vmap": lambda: torch.func.vmap(lambda row: flow.log_prob(row[None])[0])(x),
+        "jvp": lambda: torch.func.jvp(flow.log_prob, (x,), (x,)),
+        "grad": lambda: torch.func.grad(lambda x: flow.log_prob(x).sum())(x),
+    }
+    match = rf"CNF: got a transform of torch.func \({transform}\) around a solve on the {engine}"
+    with pytest.raises(RuntimeError, match=match):
+        calls[transform]()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"steps": "per-sample"}, {"gradient": "seminorm"}], ids=str
+)
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_a_loss_that_is_kept_keeps_nothing_of_its_solve(settings, divergence):
+    """But for its graph's nodes, after a backward."""
+    array = X[:4].clone().numpy()
+    memory = weakref.ref(array)
+    flow, x = flow_of(divergence=divergence, **settings), torch.from_numpy(array)
+    del array
+    loss = flow.log_prob(x).sum()
+    del x
+    assert memory() is not None
+    loss.backward()
+    assert loss.grad_fn is not None
+    assert memory() is None
+
+
+@pytest.mark.parametrize("engine", ["fused", "generic"])
+def test_gradients_of_no_samples_are_zeros(engine):
+    flow, x = flow_of(engine=engine), X[:0].clone().requires_grad_()
+    flow.log_prob(x).sum().backward()
+    assert x.grad.shape == (0, 2)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in flow.parameters())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"gradient": "seminorm"}, {"steps": "per-sample"}, {}], ids=str
+)
+def test_a_probe_changed_before_the_backward_is_an_error(settings):
+    flow, probe = flow_of(engine="generic", **settings), X[None, :3].clone()
+    flow.keep_bytes = 0
+    loss = flow.log_prob(X[:3], probe=probe).sum()
+    probe.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -5,8 +5,9 @@ import dataclasses
 import difflib
 import math
 import operator
+import sys
 from collections.abc import Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ CHOICES = {
 }
 ADAPTIVE_OPTIONS = ("first_step", "max_step", "safety", "ifactor", "dfactor")
 FIXED_OPTIONS = ("step_size", "num_steps")
+# Of those that must be more, or less, than any number above 0.
+OPTION_BOUNDS = {"safety": (0.0, 1.0), "ifactor": (1.0, math.inf), "dfactor": (0.0, 1.0)}
 
 
 class CNF(nn.Module):
@@ -284,9 +287,11 @@ class CNF(nn.Module):
             ValueError: A time is not between t0 and t1.
         """
         x, context = self._check_input(x, context)
-        if not isinstance(times, Sequence | Tensor) or getattr(times, "ndim", 1) != 1:
-            raise TypeError(f"times: got {times!r}, expected a sequence or a tensor [T]")
-        wanted = [float(time) for time in times]
+        listed = times.tolist() if hasattr(times, "tolist") else times
+        one = isinstance(listed, Sequence) and getattr(times, "ndim", 1) == 1
+        if not one or not all(isinstance(t, Tensor) or _is_number(t) for t in listed):
+            raise TypeError(f"times: got {times!r}, expected numbers, a sequence or a tensor [T]")
+        wanted = [float(time) for time in listed]
         last, first = self._times()
         for time in wanted:
             if not min(first, last) <= time <= max(first, last):
@@ -321,21 +326,29 @@ class CNF(nn.Module):
             how = "a whole solve in one launch" if gpu else "a whole solve in one call"
             if why is not None:
                 how = "layer by layer"
-            products = "" if self.precision == "float32" else f", its products in {self.precision}"
             sentence = (
                 f"The fused engine ({how} into compiled code): the field is an MLP that it knows, "
-                f"on {'a GPU' if gpu else 'the CPU'} in {self.field.dtype}{products}"
+                f"on {'a GPU' if gpu else 'the CPU'} in {self.field.dtype}{self._products(gpu)}"
             )
             return f"{sentence}." if why is None else f"{sentence}, and {why}."
         why = "engine='generic' was asked for"
         if self.engine != "generic":
             why = self._why_not_fused()
         sentence = (
-            f"The generic engine (compiled Runge-Kutta steps around the field's code): {why}."
+            f"The generic engine (compiled Runge-Kutta steps around the field's code): {why}"
+            f"{self._products(False)}."
         )
         if not self._is_recorded():
             return sentence
         return f"{sentence[:-1]}; on a GPU its steps are recorded once and replayed as CUDA graphs."
+
+    def _products(self, possible: bool) -> str:
+        """What there is to say of the precision."""
+        if self.precision == "float32":
+            return ""
+        if possible and self.field.dtype == torch.float32:
+            return f", its products in {self.precision}"
+        return f"; precision={self.precision!r} is for float32 on a GPU, and solves raise"
 
     def _is_recorded(self) -> bool:
         """Whether, on a GPU, solves of this flow are recorded, as far as it says itself."""
@@ -402,7 +415,7 @@ class CNF(nn.Module):
             _check_mapping(name, getattr(self, name))
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            if value not in choices:
+            if not (isinstance(value, str) and value in choices):
                 near = difflib.get_close_matches(str(value), choices, n=1)
                 hint = f". Did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
@@ -410,14 +423,16 @@ class CNF(nn.Module):
                 )
         for name in ("probes", "max_num_steps"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1")
+            if not _is_whole(value) or not 1 <= value < 2**31:
+                raise ValueError(
+                    f"{name}: got {value!r}, expected a whole number of at least 1, and below 2^31"
+                )
         choice("cuda_graph", self.cuda_graph)
-        if not isinstance(self.keep_bytes, int) or self.keep_bytes < 0:
+        if not _is_whole(self.keep_bytes) or not 0 <= self.keep_bytes < 2**63:
             raise ValueError(f"keep_bytes: got {self.keep_bytes!r}, expected a number of bytes")
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 <= value < math.inf:
+            if not _is_number(value) or not 0 <= value <= sys.float_info.max:
                 raise ValueError(f"{name}: got {value!r}, expected a number of at least 0")
         if float(self.atol) == 0:
             raise ValueError(
@@ -429,7 +444,7 @@ class CNF(nn.Module):
                 raise ValueError(
                     f"regularizers: got {name!r}, expected any of {', '.join(REGULARIZERS)}"
                 )
-            if not isinstance(weight, Real) or not math.isfinite(weight):
+            if not _is_number(weight) or not abs(weight) <= sys.float_info.max:
                 raise ValueError(f"regularizers: got {weight!r} for {name!r}, expected a weight")
 
     def _takes_fused(self) -> bool:
@@ -497,12 +512,14 @@ class CNF(nn.Module):
                 )
             if name == "num_steps":
                 continue
-            try:
-                options[name] = float(value)
-            except (TypeError, ValueError, RuntimeError):
-                options[name] = math.nan
-            if not options[name] > 0:
-                raise ValueError(f"options: got {name}={value!r}, expected a number above 0")
+            least, most = OPTION_BOUNDS.get(name, (0.0, math.inf))
+            number = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+            options[name] = float(value) if number or _is_number(value) else math.nan
+            if not (options[name] > 0 and least <= options[name] <= most):
+                expected = "above 0"
+                expected += f", at least {least:g}" if least > 0 else ""
+                expected += f" and at most {most:g}" if most < math.inf else ""
+                raise ValueError(f"options: got {name}={value!r}, expected a number {expected}")
         if tableau.adaptive:
             return AdaptiveControl(
                 float(self.rtol), float(self.atol), self.max_num_steps, **options
@@ -514,11 +531,11 @@ class CNF(nn.Module):
             )
         if "num_steps" in options:
             count = options["num_steps"]
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            if not _is_whole(count) or count < 1:
                 raise ValueError(
                     f"options: got num_steps={count!r}, expected a whole number of at least 1"
                 )
-            return FixedControl(num_steps=count)
+            return FixedControl(num_steps=int(count))
         if options["step_size"] == math.inf:
             raise ValueError("options: got step_size=inf, expected a number above 0")
         return FixedControl(step_size=options["step_size"])
@@ -537,9 +554,17 @@ class CNF(nn.Module):
         if not x.is_floating_point() or x.dtype != expected_dtype:
             expected = "a floating dtype" if like is None else f"the field's {like.dtype}"
             raise TypeError(f"{name}: got {x.dtype}, expected {expected}")
+        if isinstance(self.field, MLP) and x.device != like.device:
+            raise ValueError(
+                f"{name}: got a tensor on {x.device}, expected the field's {like.device}"
+            )
         if context is not None:
             if not isinstance(context, Tensor):
                 raise TypeError(f"context: got {type(context).__name__}, expected a tensor")
+            if isinstance(self.field, MLP) and context.device != x.device:
+                raise ValueError(
+                    f"context: got a tensor on {context.device}, expected {name}'s {x.device}"
+                )
             if context.is_floating_point() and context.dtype != x.dtype:
                 raise TypeError(f"context: got {context.dtype}, expected {name}'s {x.dtype}")
             if context.dim() != 1 and (context.dim() == 0 or context.shape[0] != x.shape[0]):
@@ -632,6 +657,7 @@ class CNF(nn.Module):
             fused = self._takes_fused()
             if self.precision != "float32":
                 self._check_precision(fused, x)
+            _check_transforms(fused)
             if fused and self._why_by_layers() is None:
                 return solve_fused(problem, x, context, start, end)
             if fused:
@@ -650,8 +676,8 @@ class CNF(nn.Module):
             return
         raise ValueError(
             f"precision: got {self.precision!r}, expected 'float32': others are for the fused "
-            f"engine in float32 on a GPU, and this solve is in {x.dtype} on {x.device}. "
-            f"{self.explain()}"
+            f"engine in float32 on a GPU, and this is the {'fused' if fused else 'generic'} engine "
+            f"in {x.dtype} on {x.device}"
         )
 
     def _solve_generic(
@@ -690,14 +716,13 @@ class CNF(nn.Module):
                 )
             if probe.dtype != x.dtype:
                 raise TypeError(f"probe: got {probe.dtype}, expected x's {x.dtype}")
+            if probe.device != x.device:
+                raise ValueError(f"probe: got a tensor on {probe.device}, expected x's {x.device}")
             if probe.requires_grad:
                 raise ValueError("probe: requires a gradient, which a solve does not compute")
             return probe
-        if self.divergence == "exact":
-            return None
-        rows = x.detach()
         if keys is None:
-            keys = rows
+            keys = x.detach()
         elif not isinstance(keys, Tensor):
             raise TypeError(f"keys: got {type(keys).__name__}, expected an int64 tensor [B]")
         elif keys.shape != x.shape[:1] or keys.dtype != torch.int64:
@@ -705,12 +730,16 @@ class CNF(nn.Module):
                 f"keys: got {keys.dtype} of shape {tuple(keys.shape)}, expected int64 "
                 f"[{x.shape[0]}]"
             )
+        elif keys.device != x.device:
+            raise ValueError(f"keys: got a tensor on {keys.device}, expected x's {x.device}")
+        if seed is not None and not (_is_whole(seed) and -(2**63) <= seed < 2**64):
+            raise ValueError(f"seed: got {seed!r}, expected a whole number of at most 64 bits")
+        if self.divergence == "exact":
+            return None
         if seed is None:
             # From the CPU generator whatever the device: no synchronization.
             seed = int(torch.empty((), dtype=torch.int64).random_())
-        elif isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed: got {seed!r}, expected a whole number of at most 64 bits")
-        return Noise(keys, seed, self.probes, self.noise, rows)
+        return Noise(keys, seed, self.probes, self.noise, x.shape[1], x.dtype)
 
     # ---- base distribution -----------------------------------------------------------------------
 
@@ -724,7 +753,7 @@ class CNF(nn.Module):
         return log_prob
 
     def _base_sample(self, n: int) -> Tensor:
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        if not _is_whole(n) or n < 0:
             raise ValueError(f"n: got {n!r}, expected a whole number of at least 0")
         differentiable = torch.is_grad_enabled() and getattr(self.base, "has_rsample", False)
         try:
@@ -748,6 +777,30 @@ class CNF(nn.Module):
         )
 
 
+def _check_transforms(fused: bool) -> None:
+    """RuntimeError inside of transforms of torch.func that a solve cannot be a part of."""
+    if not torch._C._are_functorch_transforms_active():
+        return
+    kinds = torch._C._functorch.TransformType
+    found = {level.key() for level in torch._C._functorch.get_interpreter_stack()}
+    served = {kinds.Grad, kinds.Functionalize} if fused else {kinds.Functionalize}
+    if others := found - served:
+        names = " and ".join(sorted(str(kind).rsplit(".", 1)[-1].lower() for kind in others))
+        raise RuntimeError(
+            f"CNF: got a transform of torch.func ({names}) around a solve on the "
+            f"{'fused' if fused else 'generic'} engine, expected none, or grad, vjp or jacrev of "
+            "one on the fused engine"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _check_mapping(name: str, value: Any) -> None:
     if not isinstance(value, Mapping | None):
         raise TypeError(f"{name}: got {value!r}, expected a dict or None")
@@ -757,7 +810,9 @@ def _check_time(name: str, time: Any) -> None:
     if isinstance(time, Tensor):
         if time.dim() != 0:
             raise ValueError(f"{name}: got shape {tuple(time.shape)}, expected a 0-dim time")
-    elif not isinstance(time, Real):
+        if time.is_complex():
+            raise TypeError(f"{name}: got {time.dtype}, expected a real number")
+    elif not _is_number(time):
         raise TypeError(f"{name}: got {time!r}, expected a number or a 0-dim tensor")
 
 

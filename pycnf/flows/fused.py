@@ -1,6 +1,9 @@
 """The fused engine: a whole solve, and the gradient of a solve, in one call into compiled code."""
 
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from pycnf._ops import (
     mlp_solve_backward,
     mlp_solve_fits,
 )
-from pycnf.nn.field_gradients import NO_DIVERGENCE, PROBES, UNIT_VECTORS
+from pycnf.nn.field_gradients import NO_DIVERGENCE, PROBES, UNIT_VECTORS, is_batched
 from pycnf.nn.field_ops import exact_divergence, field_arguments, kind_of
 from pycnf.nn.layers import Parts
 from pycnf.nn.mlp import MLP
@@ -28,7 +31,7 @@ from .noise import Noise
 from .per_sample import Steps, TapedRows
 from .problem import Problem
 from .shared import Step, slopes
-from .solve import filled, gradients_of_ends, replayed_gradient, solve
+from .solve import filled, gradients_of_ends, nothing, replayed_gradient, solve
 
 # In the order of Status in csrc/torch/mlp_report.h.
 DONE, TOO_MANY_STEPS, UNDERFLOW, STATE_NOT_FINITE, FIELD_NOT_FINITE = range(5)
@@ -57,18 +60,11 @@ def solve_fused(
 
     Raises:
         SolveError: The solve cannot go on.
-        ValueError: A tensor is on another device than the field.
     """
     problem.stats.engine = "fused"
-    _check_device("x", x, problem.field.like, "the field's")
-    _check_device("context", context, x, "x's")
-    probe, keys, _ = _probes(problem)
-    _check_device("probe", probe, x, "x's")
-    _check_device("keys", keys, x, "x's")
     offset, tensors, _ = field_arguments(problem.field, x, context)
     if x.shape[0] == 0:
-        zero = x.sum(1)
-        return x.clone(), *(zero.clone() for _ in range(problem.extras))
+        return nothing(problem, x)
     inputs = (x, offset, start, end, *tensors)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     function = _Discrete if problem.gradient == "discrete" else _Adjoint
@@ -83,11 +79,6 @@ def solve_fused(
     # Compiled code has the regularizers in an order of its own.
     made = dict(zip(_rows(problem), extras[1:]))
     return z, extras[0], *(made[name] for name in problem.regularizers)
-
-
-def _check_device(name: str, given: Tensor | None, like: Tensor, whose: str) -> None:
-    if given is not None and given.device != like.device:
-        raise ValueError(f"{name}: got a tensor on {given.device}, expected {whose} {like.device}")
 
 
 def fits_gpu(field: MLP, probes: int, regularizers: Sequence[str], own_times: bool) -> bool:
@@ -142,6 +133,13 @@ def _probes(
     return probes, None, []
 
 
+def _stacked(extrabars: Sequence[Tensor]) -> Tensor | None:
+    """[E, B], without a copy if E is 1; None without extras."""
+    if len(extrabars) == 1:
+        return extrabars[0].unsqueeze(0)
+    return torch.stack(list(extrabars)) if extrabars else None
+
+
 def _control(problem: Problem, backwards: bool = False) -> tuple[list[float], list[float]]:
     """The ops' `control` and `grid`."""
     control = problem.control
@@ -164,8 +162,43 @@ def _parts(tensors: Sequence[Tensor | None]) -> list[Parts]:
 class _Tape:
     """What a solve leaves for its gradient: the ops' tape, once there is one."""
 
-    parts: list[Any]
+    parts: list[Tensor | list[Tensor]]
     settings: tuple[str, list[int], list[float]]
+
+
+def _save(ctx: Any, problem: Problem, *tensors: Tensor | None) -> None:
+    """Leaves a solve to its backward. All tensors are where autograd frees them after it, and sees
+    whether they were changed before.
+    """
+    probe, keys, _ = _probes(problem)
+    ctx.save_for_backward(probe, keys, *tensors)
+    ctx.noise = replace(problem.probes, keys=None) if keys is not None else None
+    ctx.problem = copy(problem)
+    ctx.problem.probes = None
+    ctx.set_materialize_grads(False)
+
+
+def _load(ctx: Any) -> tuple[Problem, list[Tensor | None]]:
+    """The problem and the tensors that were saved."""
+    # A function that torch.func.vjp returns runs when the inputs of its transform are no more: what
+    # is left of them has their numbers, and no gradient.
+    alive = torch._C._functorch.unwrap_if_dead
+    probe, keys, *tensors = (x if x is None else alive(x) for x in ctx.saved_tensors)
+    probes = probe if ctx.noise is None else replace(ctx.noise, keys=keys)
+    problem = copy(ctx.problem)
+    problem.probes = probes
+    return problem, tensors
+
+
+def _flat(parts: Sequence[Tensor | list[Tensor]]) -> list[Tensor]:
+    """The tensors of a tape."""
+    return [x for part in parts for x in (part if isinstance(part, list) else [part])]
+
+
+def _nested(tensors: Sequence[Tensor], sizes: Sequence[int | None]) -> list[Tensor | list[Tensor]]:
+    """A tape of its tensors: a list for every size, a tensor for None."""
+    rest = iter(tensors)
+    return [next(rest) if size is None else list(islice(rest, size)) for size in sizes]
 
 
 class _Function(torch.autograd.Function):
@@ -185,7 +218,8 @@ class _Discrete(_Function):
 
     Saved are the parameters and what probes are drawn from, so that a change in place between
     forward and backward is an error and no wrong gradient, and the tape. A gradient that is to be
-    differentiated again goes through the taped steps on the generic engine.
+    differentiated again, or is of many cotangents at a time (torch.func.vmap), goes through the
+    taped steps on the generic engine.
     """
 
     @staticmethod
@@ -201,32 +235,36 @@ class _Discrete(_Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.problem, ctx.tape, *tensors = inputs
-        ctx.save_for_backward(*_probes(ctx.problem)[:2], *tensors)
-        ctx.set_materialize_grads(False)
+        problem, tape, *inputs = inputs
+        parts = []
+        if tape is not None:
+            parts, ctx.settings = tape.parts, tape.settings
+        ctx.sizes = [len(part) if isinstance(part, list) else None for part in parts]
+        ctx.inputs = len(inputs)
+        _save(ctx, problem, *inputs, *_flat(parts))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):
-        _, _, x, offset, start, end, *tensors = ctx.saved_tensors
-        problem = ctx.problem
-        if torch.is_grad_enabled():
-            return None, None, *_differentiable(ctx, cotangents)
+        problem, saved = _load(ctx)
+        inputs, tape = saved[: ctx.inputs], _nested(saved[ctx.inputs :], ctx.sizes)
+        if torch.is_grad_enabled() or is_batched(*cotangents):
+            with torch.enable_grad():
+                return None, None, *_differentiable(ctx, problem, inputs, tape, cotangents)
+        x, offset, start, end, *tensors = inputs
         zbar, extrabars = filled(x, cotangents)
         needs_ends = ctx.needs_input_grad[4:6]
         arguments = (
-            zbar, torch.stack(extrabars) if extrabars else None, *_probes(problem), offset, tensors,
-            *ctx.tape.settings, *ctx.tape.parts, any(needs_ends),
+            zbar, _stacked(extrabars), *_probes(problem), offset, tensors,
+            *ctx.settings, *tape, any(needs_ends),
         )  # fmt: skip
         if problem.per_sample:
             x_bar, offset_bar, bars, ends_bar = mlp_samples_backward(*arguments)
             again = problem.stats.accepted
         else:
             x_bar, offset_bar, bars, times_bar = mlp_solve_backward(*arguments)
-            times, _, kept = ctx.tape.parts
+            times, _, kept = tape
             # A GPU keeps no stages.
             again = sum(block.numel() == 0 for block in kept[1:]) if kept else len(times)
-            # The memory goes; another backward computes the stages again.
-            ctx.tape.parts[2] = [x.new_empty(0)] * len(kept)
             if any(needs_ends):
                 moves = [(step.t_slope, step.h_slope) for step in _steps(problem, times)]
                 ends_bar = (times_bar.unsqueeze(-1) * times_bar.new_tensor(moves)).sum((0, 1))
@@ -252,23 +290,21 @@ class _Adjoint(_Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.problem, _, x, *others = inputs
-        ctx.save_for_backward(*_probes(ctx.problem)[:2], x, output[0], *others)
-        ctx.set_materialize_grads(False)
+        problem, _, *inputs = inputs
+        _save(ctx, problem, output[0], *inputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):
-        problem = ctx.problem
+        problem, (z, x, offset, _, _, *tensors) = _load(ctx)
         if torch.is_grad_enabled():
             raise RuntimeError(
                 f"the gradient of a solve with gradient={problem.gradient!r} cannot be "
                 "differentiated again (create_graph=True); use gradient='autograd' or 'discrete'"
             )
-        _, _, x, z, offset, _, _, *tensors = ctx.saved_tensors
         zbar, extrabars = filled(z, cotangents)
         control, grid = _control(problem, backwards=True)
         arguments = (
-            z, zbar, torch.stack(extrabars) if extrabars else None,
+            z, zbar, _stacked(extrabars),
             *_probes(problem, bool(extrabars)), offset, tensors,
             *_settings(problem, bool(extrabars)), problem.end, problem.start, control,
         )  # fmt: skip
@@ -351,23 +387,34 @@ def _steps(problem: Problem, times: Tensor) -> list[Step]:
     ]
 
 
-def _differentiable(ctx: Any, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _with_gradient(x: Tensor) -> Tensor:
+    """The same numbers; not by `requires_grad_`, which torch.func.vmap refuses."""
+    return x + torch.zeros((), dtype=x.dtype, device=x.device, requires_grad=True)
+
+
+def _differentiable(
+    ctx: Any,
+    problem: Problem,
+    inputs: Sequence[Tensor | None],
+    parts: Sequence[Tensor | list[Tensor]],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
     """The gradient by a solve's inputs as a differentiable function of everything."""
-    _, _, x, offset, start, end, *tensors = ctx.saved_tensors
-    problem = ctx.problem
+    needs = ctx.needs_input_grad[2:]
+    inputs = [
+        _with_gradient(x) if need and not x.requires_grad else x for x, need in zip(inputs, needs)
+    ]
+    x, offset, _, _, *tensors = inputs
     if problem.per_sample:
-        tape = _rows_of_steps(*ctx.tape.parts)
+        tape = _rows_of_steps(*parts)
     else:
-        tape = [Taped(step, x) for step in _steps(problem, ctx.tape.parts[0])]
+        tape = [Taped(step, x) for step in _steps(problem, parts[0])]
     zbar, *extrabars = cotangents
     made = dict(zip(_rows(problem), extrabars[1:]))
     extrabars = [*extrabars[:1], *(made[name] for name in problem.regularizers if made)]
     dynamics = Dynamics(problem.on(_twin(problem, offset, tensors)))
-    inputs = [x, offset, start, end, *tensors]
     with torch.autocast(x.device.type, enabled=False):
-        return replayed_gradient(
-            dynamics, tape, inputs, ctx.needs_input_grad[2:], (zbar, *extrabars)
-        )
+        return replayed_gradient(dynamics, tape, inputs, needs, (zbar, *extrabars))
 
 
 def _twin(problem: Problem, offset: Tensor | None, tensors: Sequence[Tensor | None]) -> MLP:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from pycnf._ops import probe_keys, probe_sample, signed_seed
@@ -19,22 +20,23 @@ class Noise:
         seed: Any 64-bit integer.
         count: K, how many probes a sample has.
         kind: "rademacher" or "gaussian".
-        like: Rows [B, D] in the probes' dtype.
+        features: D.
+        dtype: Of the probes.
     """
 
     keys: Tensor
     seed: int
     count: int
     kind: str
-    like: Tensor
+    features: int
+    dtype: torch.dtype
 
     @cached_property
     def probe(self) -> Tensor:
         """[K, B, D]."""
         keys = probe_keys(self.keys) if self.keys.is_floating_point() else self.keys
-        like = self.like
         return probe_sample(
-            keys, self.seed, self.count, like.shape[1], noise=self.kind, dtype=like.dtype
+            keys, self.seed, self.count, self.features, noise=self.kind, dtype=self.dtype
         )
 
     def arguments(self) -> tuple[Tensor, list[int]]:

@@ -39,8 +39,7 @@ def solve(
         SolveError: The solve cannot go on.
     """
     if x.shape[0] == 0:
-        zero = x.sum(1)
-        return x.clone(), *(zero.clone() for _ in range(problem.extras))
+        return nothing(problem, x)
     if not torch.is_grad_enabled():
         return run(Dynamics(problem), x, context, None, None)
     dynamics = Dynamics(problem)
@@ -60,6 +59,13 @@ def solve(
         return outputs
     function = _Discrete if problem.gradient == "discrete" else _Adjoint
     return function.apply(dynamics, beginning, keep, x, context, start, end, *beginning.parameters)
+
+
+def nothing(problem: Problem, x: Tensor) -> tuple[Tensor, ...]:
+    """The solution of no samples: gradients of x and of the field's parameters are zeros."""
+    parameters = getattr(problem.field, "parameters", tuple)()
+    z = x + sum((p.flatten()[:0].sum().to(x) for p in parameters), torch.zeros_like(x.sum()))
+    return z, *(z.sum(1) for _ in range(problem.extras))
 
 
 def run(
@@ -164,13 +170,13 @@ class _Discrete(torch.autograd.Function):
         # forward and backward (an optimizer's step) is an error and no wrong gradient.
         ctx.beginning = beginning
         ctx.parameters = beginning.parameters
-        ctx.save_for_backward(x, context, start, end, *tensors)
+        ctx.save_for_backward(dynamics.problem.probe, x, context, start, end, *tensors)
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):
-        x, context, start, end, *_ = ctx.saved_tensors
+        _, x, context, start, end, *_ = ctx.saved_tensors
         dynamics = ctx.dynamics
         before = dynamics.evaluations
         with torch.autocast(x.device.type, enabled=False):
@@ -236,7 +242,6 @@ def taped_gradient(
     """
     problem, parameters = dynamics.problem, beginning.parameters
     zbar, extrabars = filled(x, cotangents)
-    zbar = zbar.clone()
     need_x, need_context, need_start, need_end = needs[:4]
     shifts = None
     others: list[Tensor] = []
@@ -260,7 +265,8 @@ def taped_gradient(
         else:
             with torch.enable_grad():
                 z = taped.z.detach().requires_grad_()
-                extras = [torch.zeros_like(bar[rows]) for bar in extrabars]
+                # Not like the cotangents, which may be batches of torch.func.vmap.
+                extras = [z.new_zeros(z.shape[0]) for _ in extrabars]
                 outputs = redo(dynamics, taped.step, z, extras, context, shifts)
         bars = [zbar[rows], *(bar[rows] for bar in extrabars)]
         pairs = [(o, bar) for o, bar in zip(outputs, bars) if o.requires_grad]
@@ -273,7 +279,8 @@ def taped_gradient(
             allow_unused=True,
             retain_graph=kept is not None or not dynamics.forward_mode,
         )
-        zbar[rows] = zstep
+        # Not in place, for the same reason: one may be a batch, and the other not.
+        zbar = zbar.index_copy(0, rows, zstep) if problem.per_sample else zstep
         for i, gradient in enumerate(gradients):
             if gradient is not None:
                 totals[i] = gradient.clone() if totals[i] is None else totals[i].add_(gradient)
@@ -314,7 +321,7 @@ class _Adjoint(torch.autograd.Function):
         z, *extras = run(dynamics, x, context, None, beginning)
         ctx.dynamics = dynamics
         ctx.parameters = beginning.parameters
-        ctx.save_for_backward(x, z, context, start, end, *tensors)
+        ctx.save_for_backward(dynamics.problem.probe, x, z, context, start, end, *tensors)
         ctx.set_materialize_grads(False)
         return z, *extras
 
@@ -327,7 +334,7 @@ class _Adjoint(torch.autograd.Function):
                 f"the gradient of a solve with gradient={problem.gradient!r} cannot be "
                 "differentiated again (create_graph=True); use gradient='autograd' or 'discrete'"
             )
-        x, z, context, *_ = ctx.saved_tensors
+        _, x, z, context, *_ = ctx.saved_tensors
         before = dynamics.evaluations
         with torch.autocast(x.device.type, enabled=False):
             gradients = _adjoint_gradient(ctx, x, z, context, cotangents)

@@ -147,7 +147,7 @@ def _differentiable(name: str, rule: Callable) -> None:
 # ---- the rules -----------------------------------------------------------------------------------
 
 
-def _batched(*bars: Tensor | None) -> bool:
+def is_batched(*bars: Tensor | None) -> bool:
     """Whether cotangents are those of vmap, which autograd has a kind of its own of."""
     functorch = torch._C._functorch
     return any(
@@ -174,7 +174,7 @@ def _named(
 
 
 def _of_value(a: SimpleNamespace, needed: SimpleNamespace, kept: Tensor, value_bar, _) -> dict:
-    if _batched(value_bar):
+    if is_batched(value_bar):
         return _plain_gradient(a, needed, (value_bar,), None, _value)
     gradients = _ops.mlp_value_divergence_backward(
         value_bar, None, a.t, a.z, None, a.context, a.parameters, a.kind, None, 0, 0, False, kept,
@@ -186,7 +186,7 @@ def _of_value(a: SimpleNamespace, needed: SimpleNamespace, kept: Tensor, value_b
 def _of_value_divergence(
     a: SimpleNamespace, needed: SimpleNamespace, kept: Tensor, value_bar, divergence_bar, _
 ) -> dict:
-    if _batched(value_bar, divergence_bar):
+    if is_batched(value_bar, divergence_bar):
         _draw(a, needed)
         bars = value_bar, divergence_bar
         return _plain_gradient(a, needed, bars, "probe", _value_and_divergence)
@@ -200,7 +200,7 @@ def _of_value_divergence(
 def _of_value_jvp(
     a: SimpleNamespace, needed: SimpleNamespace, kept: Tensor, value_bar, images_bar, _
 ) -> dict:
-    if _batched(value_bar, images_bar):
+    if is_batched(value_bar, images_bar):
         bars = value_bar, images_bar
         return _plain_gradient(a, needed, bars, "tangents", _value_and_images)
     gradients = _ops.mlp_value_jvp_backward(
