@@ -68,6 +68,34 @@ class TestFused(fused_cases.FusedCases):
             )  # fmt: skip
             self.same(flows, x, context, **({"seed": 3} if divergence == "hutchinson" else {}))
 
+    @pytest.mark.parametrize("divergence", ["hutchinson", "exact"])
+    def test_a_sample_has_the_same_bits_in_any_batch(self, gpu, pair, divergence):
+        settings = {"rtol": 1e-3, "atol": 1e-3, "steps": "per-sample", "divergence": divergence}
+        flow, _ = pair(field_of(hidden=(9, 7), scale=2.0), **settings)
+        x = points(90) * torch.logspace(-2, 1, 90, dtype=torch.float64)[:, None]
+        given = {"seed": 3} if divergence == "hutchinson" else {}
+        results = []
+        for processors, rows in [(1, x), (3, x), (1, x[70:]), (1, x[80:81])]:
+            gpu.multiprocessors(processors)
+            results.append(flow(rows, **given))
+        for whole, other, few, one in zip(*results):
+            assert torch.equal(whole, other)
+            assert torch.equal(whole[70:], few)
+            assert torch.equal(whole[80:81], one)
+
+    @pytest.mark.parametrize("steps", ["shared", "per-sample"])
+    def test_gradients_have_the_same_bits_whatever_the_order_of_threads(self, gpu, pair, steps):
+        gpu.multiprocessors(2)
+        x = points(60) * torch.logspace(-2, 1, 60, dtype=torch.float64)[:, None]
+        flow, _ = pair(field_of(scale=2.0), rtol=1e-2, atol=1e-2, steps=steps)
+        results = []
+        for seed in range(3):
+            gpu.seed(seed)
+            density = flow.log_prob(x, seed=3)
+            results.append(torch.autograd.grad(density.sum(), list(flow.field.parameters())))
+        for first, *others in zip(*results):
+            assert all(torch.equal(first, other) for other in others)
+
     def test_samples_that_fail_at_once_leave_their_lanes(self, gpu, pair):
         gpu.multiprocessors(1)
         x = points(100)
