@@ -37,9 +37,13 @@ PYCNF_HD Philox4 philox(uint64_t seed, uint64_t key, uint32_t probe, uint32_t bl
 constexpr int kRademacherPerBlock = 128;
 
 template <typename T>
+PYCNF_HD T rademacher_bit(uint32_t word, int bit) {
+  return (word >> bit) & 1u ? T(-1) : T(1);
+}
+
+template <typename T>
 PYCNF_HD T rademacher(const Philox4& block, int feature_in_block) {
-  const uint32_t word = block.word[feature_in_block / 32];
-  return (word >> (feature_in_block % 32)) & 1u ? T(-1) : T(1);
+  return rademacher_bit<T>(block.word[feature_in_block / 32], feature_in_block % 32);
 }
 
 // By the names of C, as in core/elementary.h.
@@ -69,10 +73,19 @@ PYCNF_HD void probe_group(uint64_t seed, uint64_t key, uint32_t probe, int64_t f
                           bool is_gaussian, T (&out)[kProbeGroup]) {
   const int per_block = is_gaussian ? kGaussianPerBlock : kRademacherPerBlock;
   const Philox4 block = philox(seed, key, probe, uint32_t(feature / per_block));
-  const int first = int(feature % per_block);
-  for (int i = 0; i < kProbeGroup; ++i) {
-    out[i] = is_gaussian ? gaussian<T>(block, i) : rademacher<T>(block, first + i);
+  if (is_gaussian) {
+    out[0] = gaussian<T>(block, 0);
+    out[1] = gaussian<T>(block, 1);
+    out[2] = gaussian<T>(block, 2);
+    out[3] = gaussian<T>(block, 3);
+    return;
   }
+  // Chosen so that a GPU keeps the block in registers.
+  const int first = int(feature % per_block), place = first / 32;
+  const uint32_t low = place == 0 ? block.word[0] : block.word[1];
+  const uint32_t high = place == 2 ? block.word[2] : block.word[3];
+  const uint32_t word = place < 2 ? low : high;
+  for (int i = 0; i < kProbeGroup; ++i) out[i] = rademacher_bit<T>(word, first % 32 + i);
 }
 
 // Steps of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014) over the values' bits.

@@ -18,7 +18,7 @@ namespace {
 template <typename T>
 struct TakenStep {
   Weights<T> weights;
-  T h[kMostSamples];
+  alignas(16) T h[kMostSamples];
   T times[kMostSamples][kMaxStages];
   // With own steps.
   int64_t place[kMostSamples];   // on the tape, -1 for no step
@@ -171,6 +171,9 @@ class Gradient {
   // A lane's samples are so far apart.
   __device__ int64_t lanes() const { return int64_t(gridDim.x) * layout_.samples; }
 
+  // On the tape; for a lane without a step any.
+  __device__ int64_t place_of(int s) const { return step_.place[s] < 0 ? 0 : step_.place[s]; }
+
   // Reads each lane's step before the last that was gone back, or the last of its next sample; false
   // where no lane has any. A lane without a sample takes a step of size 0, whose gradient is 0.
   __device__ bool recall(const Tile<T>& tile, bool first) const {
@@ -187,8 +190,9 @@ class Gradient {
     if (step_.turns > 0) turn(tile, first);
     for_each_sample(tile, [&](int s) {
       if (tile.counts(s)) atomicAdd(&step_.left, 1);
-      const double none[3] = {};
-      read_step(s, step_.place[s] >= 0 ? p_.times + 4 * step_.place[s] : none);
+      // Where the field is finite, and no further.
+      read_step(s, p_.times + 4 * place_of(s));
+      if (step_.place[s] < 0) step_.h[s] = T(0);
     });
     barrier();
     return step_.left != 0;
@@ -216,12 +220,14 @@ class Gradient {
 
   // ---- a step --------------------------------------------------------------------------------------
 
-  __device__ T h(int s) const { return step_.h[own() ? s : 0]; }
+  // Of a group of samples.
+  __device__ Wide<T> h(int s) const {
+    return own() ? fetch_group(step_.h + s) : filled<T, kFull<T>>(step_.h[0]);
+  }
 
   // A row of the tape: the state at the start of a sample's step.
   __device__ T tape(const Tile<T>& tile, int d, int s) const {
-    if (own() && step_.place[s] < 0) return T(0);
-    const int64_t row = own() ? step_.place[s] : step_.place[0] * p_.tile.batch + tile.sample(s);
+    const int64_t row = own() ? place_of(s) : step_.place[0] * p_.tile.batch + tile.sample(s);
     return p_.states[row * tile.features() + d];
   }
 
@@ -233,10 +239,16 @@ class Gradient {
   __device__ void stage_state(const Tile<T>& tile, const StageRows<T>& k, int i) const {
     const T* const start = scratch(0);
     T* const z = tile.at(layout_.z);
-    for_each_place(tile.features(), tile.samples(), [&](int d, int s) {
+    for_each_group_of(tile, tile.features(), [&](int d, int s) {
       const int place = d * tile.samples() + s;
-      z[place] = start[place] + h(s) * combined(k, step_.weights.a[i], i, place);
+      pycnf::store(z + place, stepped(start, h(s), k, step_.weights.a[i], i, place));
     });
+  }
+
+  __device__ static Wide<T> scaled(Wide<T> bar, const Wide<T>& size, T weight) {
+#pragma unroll
+    for (int e = 0; e < kFull<T>; ++e) bar.value[e] *= weight * size.value[e];
+    return bar;
   }
 
   __device__ void reverse_step(const Tile<T>& tile) const {
@@ -244,10 +256,14 @@ class Gradient {
     const auto k = scratch_rows(1), k_bar = scratch_rows(1 + tableau_.stages);
     T* const start = scratch(0);
     T* const z_bar = tile.at(layout_.z_bar);
-    for_each_place(features, samples, [&](int d, int s) {
+    for_each_place(features, samples,
+                   [&](int d, int s) { start[d * samples + s] = tape(tile, d, s); });
+    for_each_group_of(tile, features, [&](int d, int s) {
       const int i = d * samples + s;
-      start[i] = tape(tile, d, s);
-      for (int j = 0; j < used_; ++j) k_bar.row(j)[i] = z_bar[i] * (step_.weights.b[j] * h(s));
+      const Wide<T> bar = fetch_group(z_bar + i), size = h(s);
+      for (int j = 0; j < used_; ++j) {
+        pycnf::store(k_bar.row(j) + i, scaled(bar, size, step_.weights.b[j]));
+      }
     });
     barrier();
     for (int i = 0; i + 1 < used_; ++i) {
@@ -259,13 +275,13 @@ class Gradient {
       set_time(i);
       stage_state(tile, k, i);
       const auto stage_bar = reverse_stage(tile, k_bar.row(i), i);
-      for_each_place(features, samples, [&](int d, int s) {
+      for_each_group_of(tile, features, [&](int d, int s) {
         const int place = d * samples + s;
-        const T bar = stage_bar.row(d)[s];
-        z_bar[place] += bar;
+        const Wide<T> bar = fetch_group(stage_bar.row(d) + s), size = h(s);
+        add_group(z_bar + place, bar);
         for (int j = 0; j < i; ++j) {
           const T weight = step_.weights.a[i][j];
-          if (weight != T(0)) k_bar.row(j)[place] += bar * (weight * h(s));
+          if (weight != T(0)) add_group(k_bar.row(j) + place, scaled(bar, size, weight));
         }
       });
       barrier();

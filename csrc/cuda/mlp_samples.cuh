@@ -17,7 +17,7 @@ struct Lanes {
   Weights<T> weights;
   FlowAttempt attempt[kMostSamples];
   T times[kMostSamples][kMaxStages];
-  T h[kMostSamples];
+  alignas(16) T h[kMostSamples];
   int64_t row[kMostSamples];     // of a sample's newest step on the tape, -1 for none
   int64_t sample[kMostSamples];  // -1 for none
   int fresh[kMostSamples];       // whether the sample has yet to begin
@@ -45,7 +45,12 @@ class SampleSolver {
       lanes_.sample[s] = -1;
       lanes_.attempt[s] = attempt_at_start(p_.start, p_.end, 0);
       lanes_.attempt[s].done = 1;
+      // Lanes that never have a sample compute too.
+      lanes_.h[s] = T(0);
+      for (int i = 0; i < tableau_.stages; ++i) lanes_.times[s][i] = T(p_.start);
     });
+    for_each_place(kSlabs + tableau_.stages, rows_ * layout_.samples,
+                   [&](int which, int i) { scratch(which)[i] = T(0); });
     if (threadIdx.x == 0) lanes_.left = 1;
     barrier();
   }
@@ -59,9 +64,8 @@ class SampleSolver {
         norms_of_lanes(
             tile, rows_,
             [&](int row, int s, int i, TilePartial& sums) {
-              const T error = lanes_.h[s] * combined(k(), lanes_.weights.e, tableau_.stages, i);
               const T scale = p_.atol + p_.rtol * larger_magnitude(y0()[i], y1()[i]);
-              add_square(solve(), row, error / scale, y1()[i], sums);
+              add_square(solve(), row, lanes_.h[s] * error()[i] / scale, y1()[i], sums);
             },
             [&](int s, const TilePartial& error) { decide(s, error); });
         accept(tile);
@@ -108,12 +112,15 @@ class SampleSolver {
 
   __device__ T* scratch(int which) const {
     const int64_t numbers = int64_t(rows_) * layout_.samples;
-    return p_.scratch + (blockIdx.x * int64_t(2 + tableau_.stages) + which) * numbers;
+    return p_.scratch + (blockIdx.x * int64_t(kSlabs + tableau_.stages) + which) * numbers;
   }
 
   __device__ T* y0() const { return scratch(0); }
   __device__ T* y1() const { return scratch(1); }
-  __device__ StageRows<T> k() const { return {scratch(2), int64_t(rows_) * layout_.samples, 0}; }
+  __device__ T* error() const { return scratch(2); }  // of an attempt, without h
+  __device__ StageRows<T> k() const {
+    return {scratch(kSlabs), int64_t(rows_) * layout_.samples, 0};
+  }
 
   __device__ void set_time(int i) const {
     pycnf::set_time(solve(), layout_, numbers_, lanes_.times[0] + i, kMaxStages);
@@ -149,7 +156,8 @@ class SampleSolver {
     if (threadIdx.x == 0) drop_probe(tile);
     barrier();
     if (lanes_.begun > 0) begin(tile);
-    return count(tile) + lanes_.ended > 0;
+    const int running = count(tile);
+    return running + lanes_.ended > 0;
   }
 
   // The fresh samples' state at the start, its derivative, and the size of their first step. What the
@@ -231,9 +239,9 @@ class SampleSolver {
     const T* const y = y0();
     T* const z = tile.at(layout_.z);
     const auto slopes = k();
-    for_each_place(tile.features(), samples, [&](int d, int s) {
+    for_each_group_of(tile, tile.features(), [&](int d, int s) {
       const int i = d * samples + s;
-      z[i] = y[i] + lanes_.h[s] * combined(slopes, weights, count, i);
+      pycnf::store(z + i, stepped(y, fetch_group(lanes_.h + s), slopes, weights, count, i));
     });
   }
 
@@ -250,11 +258,12 @@ class SampleSolver {
     }
     const int samples = tile.samples();
     const auto slopes = k();
-    T* const next = y1();
-    const T* const y = y0();
-    for_each_place(rows_, samples, [&](int row, int s) {
-      const int i = row * samples + s;
-      next[i] = y[i] + lanes_.h[s] * combined(slopes, lanes_.weights.b, tableau_.stages, i);
+    const auto& weights = lanes_.weights;
+    for_each_group_of(tile, rows_, [&](int row, int s) {
+      const int i = row * samples + s, stages = tableau_.stages;
+      pycnf::store(y1() + i,
+                   stepped(y0(), fetch_group(lanes_.h + s), slopes, weights.b, stages, i));
+      pycnf::store(error() + i, combined(slopes, weights.e, stages, i));
     });
     barrier();
   }

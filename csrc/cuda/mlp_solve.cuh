@@ -266,9 +266,9 @@ class Solver {
                               int count) const {
     const T* const y = state(current_, tile.index);
     T* const z = tile.at(layout_.z);
-    for_each_place(1, tile.features() * layout_.samples, [&](int, int i) {
-      z[i] = y[i] + control_.h[0] * combined(k, weights, count, i);
-    });
+    const Wide<T> h = filled<T, kFull<T>>(control_.h[0]);
+    for_each_group_in<T>(tile.features() * layout_.samples,
+                         [&](int i) { pycnf::store(z + i, stepped(y, h, k, weights, count, i)); });
   }
 
   __device__ void evaluate_stage(const Tile<T>& tile, int i) const {
@@ -287,8 +287,9 @@ class Solver {
       const auto k = stages(tile.index);
       const T* const y = state(current_, tile.index);
       T* const next = state(1 - current_, tile.index);
-      for_each_place(1, rows_ * layout_.samples, [&](int, int i) {
-        next[i] = y[i] + control_.h[0] * combined(k, control_.weights.b, tableau_.stages, i);
+      const Wide<T> h = filled<T, kFull<T>>(control_.h[0]);
+      for_each_group_in<T>(rows_ * layout_.samples, [&](int i) {
+        pycnf::store(next + i, stepped(y, h, k, control_.weights.b, tableau_.stages, i));
       });
     });
     barrier();
@@ -300,12 +301,17 @@ class Solver {
     const auto k = stages(tile.index);
     const T* const y0 = state(current_, tile.index);
     const T* const y1 = state(1 - current_, tile.index);
-    for_each_place(rows_, layout_.samples, [&](int row, int s) {
-      if (!tile.counts(s)) return;
+    for_each_group_of(tile, rows_, [&](int row, int s) {
       const int i = row * layout_.samples + s;
-      const T error = control_.h[0] * combined(k, control_.weights.e, tableau_.stages, i);
-      const T scale = p_.atol + p_.rtol * larger_magnitude(y0[i], y1[i]);
-      add_square(solve(), row, error / scale, y1[i], sum);
+      const Wide<T> before = fetch_group(y0 + i), after = fetch_group(y1 + i);
+      const Wide<T> error = combined(k, control_.weights.e, tableau_.stages, i);
+#pragma unroll
+      for (int e = 0; e < kFull<T>; ++e) {
+        if (!tile.counts(s + e)) break;
+        const T scale = p_.atol + p_.rtol * larger_magnitude(before.value[e], after.value[e]);
+        const T scaled = control_.h[0] * error.value[e] / scale;
+        add_square(solve(), row, scaled, after.value[e], sum);
+      }
     });
     return sum;
   }

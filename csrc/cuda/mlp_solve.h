@@ -78,6 +78,9 @@ struct SampleCounts {
   unsigned long long failures;  // 1: some sample's
 };
 
+// Of a block's scratch, beside the stages: the state, the next one, and the error.
+constexpr int kSlabs = 3;
+
 // As MlpSolveParams.
 template <typename T>
 struct MlpSamplesParams {
@@ -89,7 +92,7 @@ struct MlpSamplesParams {
   T rtol;
   T atol;
   // Scratch.
-  T* scratch;            // [blocks, 2 + stages, rows, samples]
+  T* scratch;            // [blocks, kSlabs + stages, rows, samples]
   SampleCounts* counts;  // [1]
   // The tape, of up to `capacity` rows; or null.
   double* times;      // [capacity, 4]: t, h, t_next and whether it ends the solve

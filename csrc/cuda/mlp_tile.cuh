@@ -64,6 +64,13 @@ __device__ inline void for_each_group_of(const Tile<T>& tile, int rows, const Bo
   }
 }
 
+// Calls body(i) for groups of neighbouring numbers that begin with i, of a multiple of such groups.
+template <typename T, typename Body>
+__device__ inline void for_each_group_in(int numbers, const Body& body) {
+  constexpr int kWide = kFull<T>;
+  for (int i = threadIdx.x * kWide; i < numbers; i += blockDim.x * kWide) body(i);
+}
+
 template <typename T>
 __device__ inline Wide<T> fetch_group(const T* from) {
   return fetch<kFull<T>>(from);
@@ -258,8 +265,9 @@ __device__ void hold_probe(const Tile<T>& tile, int k) {
     for_each_place(ceil_div(features, kProbeGroup), samples, [&](int group, int s) {
       const int first = group * kProbeGroup;
       T value[kProbeGroup];
-      probe_group(noise.seed, uint64_t(noise.keys[tile.sample(s)]), uint32_t(k), first,
-                  noise.gaussian, value);
+      // Who has no sample has no key, which somebody else may be making.
+      const uint64_t key = tile.counts(s) ? uint64_t(noise.keys[tile.sample(s)]) : 0;
+      probe_group(noise.seed, key, uint32_t(k), first, noise.gaussian, value);
 #pragma unroll
       for (int i = 0; i < kProbeGroup; ++i) {
         if (first + i < features) probe[(first + i) * samples + s] = value[i];
@@ -533,17 +541,32 @@ __device__ void load_method(const Tableau& tableau, Weights<T>& weights) {
   });
 }
 
-// Σ_j weights_j k_j[i] over the weights that are not zero.
+// Σ_j weights_j k_j[i] over the weights that are not zero, and so for the numbers after i.
 template <typename T>
-__device__ inline T combined(const StageRows<T>& k, const T* weights, int count, int i) {
-  T sum = T(0);
+__device__ inline Wide<T> combined(const StageRows<T>& k, const T* weights, int count, int i) {
+  Wide<T> sum = {};
 #pragma unroll 4
   for (int j = 0; j < count; ++j) {
     // Read in any case, so that many numbers are on their way at a time.
-    const T rate = k.row(j)[i], weight = weights[j];
-    sum = weight != T(0) ? sum + rate * weight : sum;
+    const Wide<T> rate = fetch_group(k.row(j) + i);
+    const T weight = weights[j];
+#pragma unroll
+    for (int e = 0; e < kFull<T>; ++e) {
+      sum.value[e] = weight != T(0) ? sum.value[e] + rate.value[e] * weight : sum.value[e];
+    }
   }
   return sum;
+}
+
+// y + h Σ_j weights_j k_j, likewise.
+template <typename T>
+__device__ inline Wide<T> stepped(const T* y, const Wide<T>& h, const StageRows<T>& k,
+                                  const T* weights, int count, int i) {
+  Wide<T> result = fetch_group(y + i);
+  const Wide<T> slope = combined(k, weights, count, i);
+#pragma unroll
+  for (int e = 0; e < kFull<T>; ++e) result.value[e] += h.value[e] * slope.value[e];
+  return result;
 }
 
 // A solve before its first attempt.

@@ -34,7 +34,7 @@ Solution samples_cuda(const DeviceSetup<T>& setup, const at::Tensor& x, double s
   const at::Tensor z = at::empty_like(given);
   const at::Tensor extras = setup.empty({setup.extras, batch});
   const at::Tensor scratch =
-      setup.empty({plan.blocks, 2 + setup.tableau.stages, setup.rows, plan.layout.samples});
+      setup.empty({plan.blocks, kSlabs + setup.tableau.stages, setup.rows, plan.layout.samples});
   const auto whole = setup.options.dtype(at::kLong);
   const at::Tensor report =
       at::empty({kSamplesReportNumbers}, at::TensorOptions(at::kDouble).pinned_memory(true));
