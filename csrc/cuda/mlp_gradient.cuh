@@ -176,7 +176,8 @@ class Gradient {
 
   // Reads each lane's step before the last that was gone back, or the last of its next sample; false
   // where no lane has any. A lane without a sample takes a step of size 0, whose gradient is 0.
-  __device__ bool recall(const Tile<T>& tile, bool first) const {
+  // Inlined it would leave too few registers in f64.
+  __device__ __noinline__ bool recall(const Tile<T>& tile, bool first) const {
     barrier();
     if (threadIdx.x == 0) step_.turns = step_.left = 0;
     barrier();
