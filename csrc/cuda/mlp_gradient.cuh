@@ -20,8 +20,8 @@ struct TakenStep {
   Weights<T> weights;
   alignas(16) T h[kMostSamples];
   T times[kMostSamples][kMaxStages];
+  int64_t place[kMostSamples];  // on the tape, -1 for no step
   // With own steps.
-  int64_t place[kMostSamples];   // on the tape, -1 for no step
   int64_t sample[kMostSamples];  // -1 for none
   int turned[kMostSamples];      // whether the lane goes on to its next sample
   int turns;                     // lanes that do

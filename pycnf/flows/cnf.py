@@ -623,7 +623,7 @@ class CNF(nn.Module):
             per_sample=self.steps == "per-sample" and tableau.adaptive,
             gradient=self.gradient,
             precision=self.precision,
-            keep_bytes=self.keep_bytes,
+            keep_bytes=int(self.keep_bytes),
             stats=stats,
         )
 
@@ -739,7 +739,7 @@ class CNF(nn.Module):
         if seed is None:
             # From the CPU generator whatever the device: no synchronization.
             seed = int(torch.empty((), dtype=torch.int64).random_())
-        return Noise(keys, seed, self.probes, self.noise, x.shape[1], x.dtype)
+        return Noise(keys, seed, int(self.probes), self.noise, x.shape[1], x.dtype)
 
     # ---- base distribution -----------------------------------------------------------------------
 

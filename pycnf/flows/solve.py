@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adjoint import AdjointRows, AdjointSystem
 from .dynamics import Dynamics
@@ -63,8 +63,9 @@ def solve(
 
 def nothing(problem: Problem, x: Tensor) -> tuple[Tensor, ...]:
     """The solution of no samples: gradients of x and of the field's parameters are zeros."""
-    parameters = getattr(problem.field, "parameters", tuple)()
-    z = x + sum((p.flatten()[:0].sum().to(x) for p in parameters), torch.zeros_like(x.sum()))
+    field = problem.field
+    parameters = field.parameters() if isinstance(field, nn.Module) else ()
+    z = x + sum((p.flatten()[:0].sum().to(x) for p in parameters), x.new_zeros(()))
     return z, *(z.sum(1) for _ in range(problem.extras))
 
 
