@@ -2,7 +2,7 @@
 // through all steps, then the next tile; with steps of the samples' own, a lane takes a sample back,
 // then its next. Which samples a lane has is a matter of the grid alone, so that sums are the same
 // every time. Stages are computed again from the states of the tape. The gradients of parameters add
-// up in the block's own memory; cuda/mlp_gather.cu adds up the blocks.
+// up in the block's own memory; at the end all blocks meet, and each adds up a part of them all.
 #pragma once
 
 #include "cuda/mlp_kernel.cuh"
@@ -61,10 +61,13 @@ class Gradient {
     // Without a gate in the last layer M is the same at any time.
     if (solve().closed_form && !mix_depends_on_time(solve()))
       unmix(solve(), layout_, numbers_, sums_);
-    if (layout_.gradient < 0) return;
     barrier();
-    T* const out = p_.sums + blockIdx.x * int64_t(p_.places.numbers);
-    for_each_place(1, p_.places.numbers, [&](int, int i) { out[i] = sums_.numbers[i]; });
+    if (layout_.gradient >= 0) {
+      T* const out = p_.sums + blockIdx.x * int64_t(p_.places.numbers);
+      for_each_place(1, p_.places.numbers, [&](int, int i) { out[i] = sums_.numbers[i]; });
+    }
+    grid_barrier();
+    gather();
   }
 
  private:
@@ -84,6 +87,36 @@ class Gradient {
     const auto& field = solve().field;
     return field.layers == 2 ? int(field.layer[0].out)
                              : int(field.layer[1].in) * layout_.weight_stride[1];
+  }
+
+  // The gradients of parameters, a warp's lanes with a number each, its warps with some of the blocks.
+  __device__ void gather() const {
+    const auto& pieces = p_.pieces;
+    const int parts = int(blockDim.x) / kWarp;
+    const int lane = int(threadIdx.x) % kWarp, part = int(threadIdx.x) / kWarp;
+    static_assert(sizeof(TakenStep<T>) >= kTileThreads * sizeof(T));
+    T* const partial = shared_memory<T>();  // [parts, kWarp], in the place of the step
+    for (int64_t first = int64_t(blockIdx.x) * kWarp; first < pieces.total;
+         first += int64_t(gridDim.x) * kWarp) {
+      const int64_t i = first + lane;
+      int which = pieces.count - 1;
+      while (which > 0 && pieces.piece[which].first > i) --which;
+      const auto& piece = pieces.piece[which];
+      // Neighbouring threads read neighbouring numbers.
+      const int64_t row = (i - piece.first) % piece.rows, column = (i - piece.first) / piece.rows;
+      const T* from = p_.sums + piece.place + row * piece.row_stride + column * piece.column_stride;
+      T sum = T(0);
+#pragma unroll 4
+      for (int64_t block = part; i < pieces.total && block < gridDim.x; block += parts) {
+        sum += from[block * p_.places.numbers];
+      }
+      barrier();  // the last numbers have been read
+      partial[threadIdx.x] = sum;
+      barrier();
+      if (part > 0 || i >= pieces.total) continue;
+      for (int other = 1; other < parts; ++other) sum += partial[other * kWarp + lane];
+      piece.out[row * piece.columns + column] = sum;
+    }
   }
 
   // The block's scratch: the state at the start of a step, then derivatives, then their cotangents.
@@ -366,8 +399,8 @@ cudaError_t plan_gradient_in(const MlpSolve<T>& solve, int64_t batch, TilePlan* 
 template <typename T, Precision kPrecision>
 cudaError_t launch_mlp_gradient_in(const MlpGradientParams<T>& p, const TilePlan& plan,
                                    cudaStream_t stream) {
-  return launch(mlp_gradient_kernel<T, kPrecision>, plan.blocks, plan.threads, plan.shared_bytes,
-                stream, p);
+  return launch_together(mlp_gradient_kernel<T, kPrecision>, plan.blocks, plan.threads,
+                         plan.shared_bytes, stream, p);
 }
 
 }  // namespace pycnf

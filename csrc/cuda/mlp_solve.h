@@ -108,6 +108,22 @@ struct MlpSamplesParams {
 
 constexpr int kSamplesReportNumbers = 6;
 
+// A parameter's gradient in sums of gradients: rows and columns so far apart.
+template <typename T>
+struct GradientPiece {
+  int64_t first;  // of `out`, counted over all pieces
+  int64_t rows, columns;
+  int64_t place, row_stride, column_stride;
+  T* out;  // [rows, columns]
+};
+
+template <typename T>
+struct GradientPieces {
+  int64_t total;  // numbers
+  int count;
+  GradientPiece<T> piece[5 * kMaxLayers];
+};
+
 template <typename T>
 struct MlpGradientParams {
   TileSolve<T> tile;
@@ -122,31 +138,12 @@ struct MlpGradientParams {
   const T* z_bar;           // [B, D]
   const T* extras_bar;      // [extras, B], or null: zeros
   // Scratch of each block.
-  T* k;            // [blocks, 1 + 2 stages, rows, samples]
-  T* sums;         // [blocks, places.numbers]
+  T* k;     // [blocks, 1 + 2 stages, rows, samples]
+  T* sums;  // [blocks, places.numbers]
+  // The gradients.
+  GradientPieces<T> pieces;
   T* x_bar;        // [B, D]
   T* context_bar;  // [B, width of the first layer], zeros; or null
-};
-
-// A parameter's gradient in sums of gradients: rows and columns so far apart.
-template <typename T>
-struct GradientPiece {
-  int64_t first;  // of `out`, counted over all pieces
-  int64_t rows, columns;
-  int64_t place, row_stride, column_stride;
-  T* out;  // [rows, columns]
-};
-
-constexpr int kMostPieces = 5 * kMaxLayers;
-
-template <typename T>
-struct GatherParams {
-  const T* sums;  // [blocks, numbers]
-  int64_t blocks;
-  int64_t numbers;
-  int64_t total;  // of all pieces
-  int pieces;
-  GradientPiece<T> piece[kMostPieces];
 };
 
 // How such a launch would fit on the device at hand: the layout, the blocks that run at a time, and
@@ -240,9 +237,5 @@ cudaError_t launch_mlp_gradient(const MlpGradientParams<T>& p, const TilePlan& p
     return launch_mlp_gradient_in<T, decltype(precision)::value>(p, plan, stream);
   });
 }
-
-// Adds up what the blocks have, in order.
-template <typename T>
-cudaError_t launch_gather_gradients(const GatherParams<T>& p, cudaStream_t stream);
 
 }  // namespace pycnf

@@ -1,5 +1,4 @@
-// The discrete gradients of the fused engine's solves on a GPU: a launch, and one that adds up what
-// its blocks have found.
+// The discrete gradients of the fused engine's solves on a GPU: one launch.
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -17,9 +16,9 @@ using GradientResult = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor
 // Where each parameter's gradient is in the sums, and the tensors that it goes to; empty ones for
 // those that there are none of.
 template <typename T>
-std::vector<at::Tensor> gather_pieces(const DeviceSetup<T>& setup, const Parameters& parameters,
-                                      const GradientPlaces& places, const TileLayout& layout,
-                                      GatherParams<T>& gather) {
+std::vector<at::Tensor> make_pieces(const DeviceSetup<T>& setup, const Parameters& parameters,
+                                    const GradientPlaces& places, const TileLayout& layout,
+                                    GradientPieces<T>& pieces) {
   std::vector<at::Tensor> gradients;
   const auto add = [&](int64_t which, int64_t place, int64_t rows, int64_t row_stride,
                        int64_t columns, int64_t column_stride) {
@@ -28,9 +27,9 @@ std::vector<at::Tensor> gather_pieces(const DeviceSetup<T>& setup, const Paramet
         setup.empty(parameter.has_value() ? parameter->sizes() : at::IntArrayRef{0}));
     if (!parameter.has_value()) return;
     T* const out = mutable_values<T>(gradients.back());
-    gather.piece[gather.pieces++] = {gather.total, rows,          columns, place,
-                                     row_stride,   column_stride, out};
-    gather.total += rows * columns;
+    pieces.piece[pieces.count++] = {pieces.total, rows,          columns, place,
+                                    row_stride,   column_stride, out};
+    pieces.total += rows * columns;
   };
   const auto& field = setup.solve.field;
   for (int l = 0; l < field.layers; ++l) {
@@ -97,14 +96,8 @@ GradientResult gradient_cuda(const DeviceSetup<T>& setup, const at::Tensor& z_ba
   p.k = mutable_values<T>(k);
   p.sums = mutable_values<T>(sums);
   p.x_bar = mutable_values<T>(x_bar);
+  auto gradients = make_pieces(setup, parameters, p.places, plan.layout, p.pieces);
   C10_CUDA_CHECK(launch_mlp_gradient(p, plan, stream));
-
-  GatherParams<T> gather = {};
-  gather.sums = p.sums;
-  gather.blocks = plan.blocks;
-  gather.numbers = p.places.numbers;
-  auto gradients = gather_pieces(setup, parameters, p.places, plan.layout, gather);
-  C10_CUDA_CHECK(launch_gather_gradients(gather, stream));
   return {x_bar, context_bar, gradients, setup.doubles({0, 2})};
 }
 
