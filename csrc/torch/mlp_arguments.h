@@ -38,6 +38,21 @@ struct MlpArguments {
   bool gaussian() const { return noise[2] != 0; }
 };
 
+// That all tensors are where the state is.
+inline void check_devices(const MlpArguments& arguments, const at::Tensor& state,
+                          const char* its_name) {
+  const auto check = [&](const std::optional<at::Tensor>& x, const char* name) {
+    TORCH_CHECK(!x.has_value() || x->device() == state.device(), name, " must be on ",
+                state.device(), " like ", its_name, ", got ", x->device());
+  };
+  for (size_t i = 0; i < arguments.parameters.size(); ++i) {
+    check(arguments.parameters.get(i), "parameters");
+  }
+  check(arguments.context, "context");
+  check(arguments.probe, "probe");
+  check(arguments.keys, "keys");
+}
+
 inline const Tableau& find_tableau(std::string_view method) {
   for (const Tableau* tableau : kTableaux) {
     if (method == tableau->name) return *tableau;

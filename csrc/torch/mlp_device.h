@@ -23,16 +23,7 @@ class DeviceSetup {
   DeviceSetup(const at::Tensor& x, const MlpArguments& arguments, bool own_times)
       : options(x.options().requires_grad(std::nullopt)), batch(x.size(0)) {
     check_cuda(x, "x");
-    const auto check = [&](const std::optional<at::Tensor>& given, const char* name) {
-      TORCH_CHECK(!given.has_value() || given->device() == x.device(), name, " must be on ",
-                  x.device(), " like x, got ", given->device());
-    };
-    for (int64_t i = 0; i < int64_t(arguments.parameters.size()); ++i) {
-      check(arguments.parameters.get(i), "parameters");
-    }
-    check(arguments.context, "context");
-    check(arguments.probe, "probe");
-    check(arguments.keys, "keys");
+    check_devices(arguments, x, "x");
     solve.own_times = own_times;
     read_solve(arguments, x, solve, tensors_, [&](const at::Tensor& parameter, int64_t count) {
       tensors_.push_back(count == 1 ? parameter.reshape({-1}).contiguous()

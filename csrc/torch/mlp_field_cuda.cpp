@@ -19,6 +19,7 @@
 #include "torch/cuda_device.h"
 #include "torch/matrix_product.h"
 #include "torch/mlp_field_arguments.h"
+#include "torch/probes.h"
 
 // Products of tangents that are in memory at a time, in numbers; more tangents take turns, and
 // nothing is kept of them. pycnf/_ops.py knows it too.
@@ -65,7 +66,7 @@ class Field {
     const auto noise = arguments.noise();
     const MlpArguments of_solve = {arguments.probe,      arguments.keys, noise, arguments.context,
                                    arguments.parameters, "euler",        kind,  no_weights};
-    check_devices(arguments);
+    check_devices(of_solve, z, "z");
     solve.own_times = own_times;
     read_solve(of_solve, arguments.z, solve, weights, [](const at::Tensor& x, int64_t) {
       return x.const_data_ptr<T>();  // read with their own strides
@@ -310,17 +311,6 @@ class Field {
   at::Tensor scaled_first, unmixed, mixed;
 
  private:
-  void check_devices(const FieldArguments& arguments) const {
-    const auto check = [&](const std::optional<at::Tensor>& x, const char* name) {
-      TORCH_CHECK(!x.has_value() || x->device() == z.device(), name, " must be on ", z.device(),
-                  " like z, got ", x->device());
-    };
-    check(arguments.context, "context");
-    for (size_t i = 0; i < arguments.parameters.size(); ++i) {
-      check(arguments.parameters.get(i), "parameters");
-    }
-  }
-
   void read_parameters(const Parameters& parameters) {
     for (size_t i = 0; i < parameters.size(); ++i) {
       const std::optional<at::Tensor> x = parameters.get(i);
@@ -329,17 +319,10 @@ class Field {
   }
 
   at::Tensor draw(const FieldArguments& arguments) const {
-    const auto keys = arguments.keys->contiguous();
-    auto drawn = empty({tangents, batch, solve.field.features});
-    const ProbeParams<T> p = {keys.const_data_ptr<int64_t>(),
-                              uint64_t(arguments.seed),
-                              tangents,
-                              batch,
-                              solve.field.features,
-                              arguments.gaussian,
-                              mutable_values<T>(drawn)};
-    C10_CUDA_CHECK(launch_sample_probes(p, current_stream()));
-    return drawn;
+    return make_probes(*arguments.keys, arguments.seed, tangents, solve.field.features,
+                       arguments.gaussian, z.scalar_type(), [](const auto& p) {
+                         C10_CUDA_CHECK(launch_sample_probes(p, current_stream()));
+                       });
   }
 
   // The closed form's M = W₂∘N, N = (W₁ diag(s) W)ᵀ with the last weight W; or m, N's diagonal.

@@ -14,6 +14,7 @@
 #include "torch/cuda_device.h"
 #include "torch/find_op.h"
 #include "torch/flow_plan.h"
+#include "torch/probes.h"
 
 namespace pycnf {
 
@@ -327,38 +328,18 @@ std::vector<at::Tensor> time_tensors(at::ArrayRef<double> values, at::ScalarType
 }
 
 at::Tensor probe_keys_cuda(const at::Tensor& x) {
-  TORCH_CHECK(x.dim() >= 1, "x must be [B, ...], got a 0-dim tensor");
   const CUDAGuard guard(x.device());
-  const auto rows = x.contiguous();
-  const int64_t batch = rows.size(0);
-  auto keys = at::empty({batch}, rows.options().dtype(at::kLong));
-  const int64_t features = batch > 0 ? rows.numel() / batch : 0;
-  AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "probe_keys", [&] {
-    const KeyParams<scalar_t> p = {rows.const_data_ptr<scalar_t>(), features,
-                                   keys.data_ptr<int64_t>()};
+  return make_keys(x, [](const auto& p, int64_t batch) {
     C10_CUDA_CHECK(launch_hash_keys(p, batch, current_stream()));
   });
-  return keys;
 }
 
 at::Tensor probe_sample_cuda(const at::Tensor& keys, int64_t seed, int64_t probes, int64_t features,
                              bool gaussian, at::ScalarType dtype) {
-  check_keys(keys, probes, features);
   const CUDAGuard guard(keys.device());
-  const auto contiguous = keys.contiguous();
-  const int64_t batch = keys.numel();
-  auto out = at::empty({probes, batch, features}, keys.options().dtype(dtype));
-  AT_DISPATCH_FLOATING_TYPES(dtype, "probe_sample", [&] {
-    const ProbeParams<scalar_t> p = {contiguous.const_data_ptr<int64_t>(),
-                                     uint64_t(seed),
-                                     probes,
-                                     batch,
-                                     features,
-                                     gaussian,
-                                     out.data_ptr<scalar_t>()};
+  return make_probes(keys, seed, probes, features, gaussian, dtype, [](const auto& p) {
     C10_CUDA_CHECK(launch_sample_probes(p, current_stream()));
   });
-  return out;
 }
 
 }  // namespace

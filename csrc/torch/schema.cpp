@@ -111,11 +111,11 @@ TORCH_LIBRARY(pycnf, m) {
   //
   // What is solved, by all of its ops: `probe` [K, B, D], where the divergence comes from probes that
   // are given; for random ones `keys` [B], or the rows [B, D] whose hashes the keys are, and `noise`:
-  // the seed, K, and whether they are Gaussian. `context` [B, width of the first layer]: added to its product. `parameters`: weight, bias,
-  // gate_weight, gate_bias, shift_weight of every layer. `kind`: the activation, by its place in
-  // pycnf.nn.activation.ACTIVATIONS; F, 0 for t itself; the divergence (Divergence in mlp_arguments.h);
-  // whether there is a row for the kinetic energy; and for the Jacobian norm; of mlp_solve and its
-  // gradient on a GPU, if it is not kFloat32, the Precision of products (core/mlp_solve.h).
+  // the seed, K, and whether they are Gaussian. `context` [B, width of the first layer]: added to its
+  // product. `parameters`: weight, bias, gate_weight, gate_bias, shift_weight of every layer. `kind`:
+  // the activation, by its place in pycnf.nn.activation.ACTIVATIONS; F, 0 for t itself; the divergence
+  // (Divergence in mlp_arguments.h); whether there is a row for the kinetic energy; and for the
+  // Jacobian norm; on a GPU, if it is not kFloat32, the Precision of products (core/mlp_solve.h).
   // `weights`: the sign of the divergence in the logdet's derivative; and of those two rows, with the
   // direction of time. Extras [E, B] are the logdet and the regularizers. `control`: the fields of
   // StepControl in core/control.h; `grid`: times of a fixed-step method. Reports: Report in
@@ -128,7 +128,7 @@ TORCH_LIBRARY(pycnf, m) {
       "mlp_solve(Tensor x, Tensor? probe, Tensor? keys, int[] noise, Tensor? context, "
       "Tensor?[] parameters, str method, int[] kind, float[] weights, float start, float end, "
       "float[] control, float[] grid, int keep_bytes) "
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])");
 
   // Whether mlp_solve, or mlp_samples, and its gradient can be had for such arguments; x may be a row
   // of zeros, and `noise` is for any probes. On a GPU the network has to fit into the shared memory of
@@ -142,10 +142,9 @@ TORCH_LIBRARY(pycnf, m) {
   // [N, 2].
   m.def(
       "mlp_solve_backward(Tensor z_bar, Tensor? extras_bar, Tensor? probe, Tensor? keys, "
-      "int[] noise, Tensor? context, Tensor?[] parameters, str method, int[] kind, float[] "
-      "weights, "
-      "Tensor times, Tensor[] states, Tensor[] kept, bool need_times) "
-      " -> (Tensor, Tensor, Tensor[], Tensor)");
+      "int[] noise, Tensor? context, Tensor?[] parameters, str method, int[] kind, "
+      "float[] weights, Tensor times, Tensor[] states, Tensor[] kept, bool need_times) "
+      "-> (Tensor, Tensor, Tensor[], Tensor)");
 
   // The adjoint equation from start (where z and the cotangents are known) to end: the gradients of
   // x, context and parameters, and a report. `segments`: for each parameter the part of the error
@@ -155,7 +154,7 @@ TORCH_LIBRARY(pycnf, m) {
       "mlp_adjoint(Tensor z, Tensor z_bar, Tensor? extras_bar, Tensor? probe, Tensor? keys, "
       "int[] noise, Tensor? context, Tensor?[] parameters, str method, int[] kind, "
       "float[] weights, float start, float end, float[] control, float[] grid, int[] segments) "
-      " -> (Tensor, Tensor, Tensor[], Tensor)");
+      "-> (Tensor, Tensor, Tensor[], Tensor)");
 
   // ---- the same with steps per sample: every sample takes its own -------------------------------
 
@@ -174,24 +173,24 @@ TORCH_LIBRARY(pycnf, m) {
       "int[] noise, Tensor? context, Tensor?[] parameters, str method, int[] kind, "
       "float[] weights, Tensor times, Tensor states, Tensor previous, Tensor newest, "
       "bool need_times) "
-      " -> (Tensor, Tensor, Tensor[], Tensor)");
+      "-> (Tensor, Tensor, Tensor[], Tensor)");
 
   // As mlp_adjoint; parameters are a quadrature.
   m.def(
       "mlp_samples_adjoint(Tensor z, Tensor z_bar, Tensor? extras_bar, Tensor? probe, "
       "Tensor? keys, int[] noise, Tensor? context, Tensor?[] parameters, str method, int[] kind, "
-      "float[] weights, "
-      "float start, float end, float[] control) -> (Tensor, Tensor, Tensor[], Tensor)");
+      "float[] weights, float start, float end, float[] control) "
+      "-> (Tensor, Tensor, Tensor[], Tensor)");
 
   // ---- its field, once (core/mlp_field.h) --------------------------------------------------------
   //
   // At t, 0-dim or one for each sample [B]. `context`, `parameters` and `kind` as above, `kind`
   // without regularizers and, but for the divergence's ops, without a divergence. The probes of the
   // divergence are given, [K, B, D], or drawn: what probe_sample gives for `keys` [B], `seed`,
-  // `probes` and `gaussian`; on the CPU they are never in memory as a whole. The last result of a forward op
-  // is what its backward op needs and would otherwise compute again, if `keep`, else it is empty: the
-  // products of every layer; on the CPU the state too, of a size that a multiple of 64 samples would
-  // need; on a GPU nothing of more tangents than it takes at once.
+  // `probes` and `gaussian`; on the CPU they are never in memory as a whole. The last result of a
+  // forward op is what its backward op needs and would otherwise compute again, if `keep`, else it is
+  // empty: the products of every layer; on the CPU the state too, of a size that a multiple of 64
+  // samples would need; on a GPU nothing of more tangents than it takes at once.
   //
   // Backward ops return the gradients of z, t, the context, the tangents or probe (empty where there
   // is none, or where probes were drawn) and of the parameters (empty where there is none); those of

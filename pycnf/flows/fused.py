@@ -236,12 +236,11 @@ class _Discrete(_Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         problem, tape, *inputs = inputs
-        parts = []
-        if tape is not None:
-            parts, ctx.settings = tape.parts, tape.settings
-        ctx.sizes = [len(part) if isinstance(part, list) else None for part in parts]
-        ctx.inputs = len(inputs)
-        _save(ctx, problem, *inputs, *_flat(parts))
+        if tape is None:
+            return
+        ctx.settings, ctx.inputs = tape.settings, len(inputs)
+        ctx.sizes = [len(part) if isinstance(part, list) else None for part in tape.parts]
+        _save(ctx, problem, *inputs, *_flat(tape.parts))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):
@@ -290,8 +289,9 @@ class _Adjoint(_Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        problem, _, *inputs = inputs
-        _save(ctx, problem, output[0], *inputs)
+        problem, tape, *inputs = inputs
+        if tape is not None:
+            _save(ctx, problem, output[0], *inputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None):
